@@ -1,0 +1,87 @@
+"""The C++ extension, loaded when it is first needed, with tensors in place of addresses.
+
+T classes of a tile · B rows · D features; csrc/margin_softmax.h describes each function.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _load() -> ModuleType:
+    # torch is imported by now: its OpenMP threads are the ones that the extension finds and shares.
+    return importlib.import_module("expface_kernels._C")
+
+
+def load_error() -> str | None:
+    """Why the extension does not load; None where it does."""
+    try:
+        _load()
+    except ImportError as error:
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+def advise_huge_pages(tensor: Tensor) -> None:
+    """Ask for huge pages behind a fresh tensor: its first touch costs a quarter of the page faults' time."""
+    _load().advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+class Kernels:
+    """The extension's functions for one compute dtype, taking tensors: contiguous, of that dtype, on the CPU."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        extension = _load()
+        suffix = {torch.float32: "float32", torch.float64: "float64"}[dtype]
+        self._inverse_norms = getattr(extension, f"inverse_norms_{suffix}")
+        self._forward_tile = getattr(extension, f"forward_tile_{suffix}")
+        self._backward_tile = getattr(extension, f"backward_tile_{suffix}")
+        self._project = getattr(extension, f"project_{suffix}")
+        self.threads = torch.get_num_threads()
+
+    def inverse_norms(self, w: Tensor, inv: Tensor) -> None:
+        self._inverse_norms(w.data_ptr(), *w.shape, inv.data_ptr(), self.threads)
+
+    def forward_tile(
+        self,
+        dots: Tensor,
+        inv: Tensor,
+        scale: float,
+        y: Tensor,
+        tile_max: Tensor,
+        tile_sum: Tensor,
+        hardest: Tensor | None,
+    ) -> None:
+        self._forward_tile(
+            dots=dots.data_ptr(),
+            rows=dots.shape[0],
+            batch=dots.shape[1],
+            inv=inv.data_ptr(),
+            scale=scale,
+            local_labels=y.data_ptr(),
+            tile_max=tile_max.data_ptr(),
+            tile_sum=tile_sum.data_ptr(),
+            hardest=0 if hardest is None else hardest.data_ptr(),
+            threads=self.threads,
+        )
+
+    def backward_tile(self, dots: Tensor, inv: Tensor, scale: float, y: Tensor, log2_l: Tensor) -> None:
+        self._backward_tile(
+            dots=dots.data_ptr(),
+            rows=dots.shape[0],
+            batch=dots.shape[1],
+            inv=inv.data_ptr(),
+            scale=scale,
+            local_labels=y.data_ptr(),
+            log2_l=log2_l.data_ptr(),
+            threads=self.threads,
+        )
+
+    def project(self, acc: Tensor, w: Tensor, inv: Tensor, factor: float) -> None:
+        self._project(acc.data_ptr(), w.data_ptr(), *acc.shape, inv.data_ptr(), factor, self.threads)

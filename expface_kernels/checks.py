@@ -1,0 +1,131 @@
+"""What a user can get wrong, caught before any work: shapes, dtypes, devices, ranges.
+
+Only what is known without looking at a tensor's values, so torch.compile sees none of it at run time;
+label values are checked in ops.local_labels. Errors name the argument, what was expected, what came.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expface_kernels.margins import TARGET_GRADIENTS
+
+REDUCTIONS = ("mean", "sum", "none")
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+
+
+def check_rows_and_centres(embeddings: Any, weight: Any) -> None:
+    """embeddings (B, D) and weight (C, D): two floating point matrices on one device, C and D at least 1."""
+    for name, value, shape in (("embeddings", embeddings, "(B, D)"), ("weight", weight, "(C, D)")):
+        _check_tensor(name, value, shape)
+        if value.dim() != 2:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}")
+    if embeddings.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"embeddings: expected {weight.shape[1]} features as in weight {tuple(weight.shape)}, "
+            f"got shape {tuple(embeddings.shape)}"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(
+            f"weight: expected at least one class and one feature, got shape {tuple(weight.shape)}"
+        )
+    if embeddings.device != weight.device:
+        raise ValueError(f"embeddings: expected on {weight.device} like weight, got on {embeddings.device}")
+
+
+def check_labels(labels: Any, embeddings: Tensor) -> None:
+    """labels (B,) or (B, 1) of any integer dtype, on the embeddings' device."""
+    _check_tensor("labels", labels, "(B,)")
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
+    batch = embeddings.shape[0]
+    if tuple(labels.shape) not in ((batch,), (batch, 1)):
+        raise ValueError(f"labels: expected shape ({batch},) or ({batch}, 1), got {tuple(labels.shape)}")
+    if labels.device != embeddings.device:
+        raise ValueError(f"labels: expected on {embeddings.device} like embeddings, got on {labels.device}")
+
+
+def check_class_subset(class_subset: Any, weight: Tensor) -> None:
+    """class_subset (S,) int64, not empty; its values are checked in the op."""
+    if class_subset is None:
+        return
+    _check_tensor("class_subset", class_subset, "(S,)")
+    if class_subset.dtype != torch.int64:
+        raise TypeError(f"class_subset: expected int64, got {class_subset.dtype}")
+    if class_subset.dim() != 1 or class_subset.shape[0] == 0:
+        raise ValueError(f"class_subset: expected shape (S,) with S >= 1, got {tuple(class_subset.shape)}")
+    if class_subset.device != weight.device:
+        raise ValueError(
+            f"class_subset: expected on {weight.device} like weight, got on {class_subset.device}"
+        )
+
+
+def check_scale(scale: Any) -> None:
+    """A finite number above 0."""
+    _check_number("scale", scale)
+    if not (0 < scale < math.inf):
+        raise ValueError(f"scale: expected a finite number above 0, got {scale}")
+
+
+def check_options(
+    margin: Any,
+    reduction: Any,
+    ignore_index: Any,
+    target_gradient: Any,
+    gradient_tolerance: Any,
+    workspace_bytes: Any,
+) -> None:
+    """The options that a head and the function share."""
+    if not callable(margin):
+        raise TypeError(
+            f"margin: expected a callable theta -> psi such as ExpFace(), got {type(margin).__name__} {margin!r}"
+        )
+    if isinstance(margin, type):
+        raise TypeError(f"margin: expected an instance such as {margin.__name__}(), got the class itself")
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("target_gradient", target_gradient, TARGET_GRADIENTS)
+    _check_number("gradient_tolerance", gradient_tolerance)
+    if gradient_tolerance != 0:
+        raise ValueError(
+            f"gradient_tolerance: expected 0 (exact), the only one this version has, got {gradient_tolerance}"
+        )
+    check_integer("ignore_index", ignore_index)
+    check_integer("workspace_bytes", workspace_bytes, least=0)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_integer(name: str, value: Any, least: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def _check_tensor(name: str, value: Any, shape: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")

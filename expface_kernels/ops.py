@@ -1,0 +1,193 @@
+"""The custom ops: opaque to torch.compile, differentiable, one for every backend.
+
+    log_l, theta, … = cosine_lse(x, w, y, …)    what a backend implements
+    y = local_labels(labels, …)                 looks at label values, which code outside an op must not
+
+B rows · C classes that take part · D features · x (B, D) · w (C_all, D) · y (B,) int64
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expface_kernels import backends
+from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, Request, compute_dtype
+
+
+@torch.library.custom_op("expface_kernels::local_labels", mutates_args=())
+def local_labels(labels: Tensor, class_subset: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
+    """Labels (B,) as the op wants them: int64 positions in the subset (or classes), −1 where ignored.
+
+    ValueError for a label or a subset class out of range, and for a label that the subset lacks. On a GPU,
+    unless EXPFACE_CHECK_LABELS=1, such a label becomes −2 instead, and its row's loss NaN.
+    """
+    values = labels.long()
+    ignored = values == ignore_index
+    # uint64 values past 2^63 turn negative here, so they are out of range like every other stranger.
+    wrong = ~ignored & ((values < 0) | (values >= num_classes))
+    raises = labels.device.type == "cpu" or os.environ.get("EXPFACE_CHECK_LABELS") == "1"
+    if raises and bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"labels: expected 0 <= label < {num_classes} or ignore_index={ignore_index}, "
+            f"got {int(values[row])} in row {row}"
+        )
+    positions = values
+    if class_subset is not None:
+        if raises:
+            _check_subset(class_subset, num_classes)
+        positions = torch.searchsorted(class_subset, values.clamp(0, num_classes - 1))
+        positions = positions.clamp_max(class_subset.shape[0] - 1)
+        missing = ~ignored & ~wrong & (class_subset[positions] != values)
+        if raises and bool(missing.any()):
+            row = int(missing.nonzero()[0])
+            raise ValueError(
+                f"labels: every counted label must be in class_subset, got {int(values[row])} in row {row}, "
+                "which is not"
+            )
+        wrong = wrong | missing
+    positions = torch.where(wrong, INVALID_TARGET, positions)
+    return torch.where(ignored, NO_TARGET, positions)
+
+
+def _check_subset(class_subset: Tensor, num_classes: int) -> None:
+    if (
+        int(class_subset[0]) < 0
+        or int(class_subset[-1]) >= num_classes
+        or bool((class_subset.diff() <= 0).any())
+    ):
+        raise ValueError(
+            f"class_subset: expected sorted classes without repeats in [0, {num_classes}), "
+            f"got {class_subset.shape[0]} from {int(class_subset.min())} to {int(class_subset.max())}"
+            + (", not sorted or repeated" if bool((class_subset.diff() <= 0).any()) else "")
+        )
+
+
+@local_labels.register_fake
+def _(labels: Tensor, class_subset: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
+    return torch.empty_like(labels, dtype=torch.int64, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("expface_kernels::cosine_lse", mutates_args=())
+def cosine_lse(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    class_subset: Tensor | None,
+    scale: float,
+    backend: str,
+    keep: bool,
+    workspace_bytes: int,
+    find_hardest: bool,
+    product_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(log_l (B,) float64, theta (B,) float64, workspace, tile_sums, hardest_cos, hardest_class).
+
+    log_l = log Σ_{j≠y} exp(scale·cos_bj) and the target angle in radians (docs/math.md eqs. 2 to 4). Only
+    these two are differentiable; what was not asked for has size 0.
+    """
+    request = Request(scale, keep, workspace_bytes, find_hardest, product_dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return tuple(backends.serving(backend, x, w).forward(x, w, y, class_subset, request))
+
+
+@cosine_lse.register_fake
+def _(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    class_subset: Tensor | None,
+    scale: float,
+    backend: str,
+    keep: bool,
+    workspace_bytes: int,
+    find_hardest: bool,
+    product_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, classes = x.shape[0], (w if class_subset is None else class_subset).shape[0]
+    dtype = compute_dtype(x, w)
+    request = Request(scale, keep, workspace_bytes, find_hardest, product_dtype)
+    numel = backends.get(backend).workspace_numel(rows, classes, dtype, request) if keep else 0
+    found = rows if find_hardest else 0
+    wide = {"dtype": torch.float64}
+    return (
+        x.new_empty(rows, **wide),
+        x.new_empty(rows, **wide),
+        x.new_empty(numel, dtype=dtype),
+        x.new_empty(0, **wide),
+        x.new_empty(found, **wide),
+        y.new_empty(found),
+    )
+
+
+@torch.library.custom_op("expface_kernels::cosine_lse_backward", mutates_args=())
+def cosine_lse_backward(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    class_subset: Tensor | None,
+    log_l: Tensor,
+    workspace: Tensor,
+    g_log_l: Tensor,
+    g_theta: Tensor,
+    scale: float,
+    backend: str,
+    workspace_bytes: int,
+    product_dtype: torch.dtype | None,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx (B, D), dw (C_all, D)) in their inputs' dtypes; of size 0 where not needed."""
+    request = Request(scale, True, workspace_bytes, False, product_dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        dx, dw = backends.serving(backend, x, w).backward(
+            x, w, y, class_subset, log_l, workspace, g_log_l, g_theta, request, need_dx, need_dw
+        )
+    return x.new_empty(0) if dx is None else dx, w.new_empty(0) if dw is None else dw
+
+
+@cosine_lse_backward.register_fake
+def _(x: Tensor, w: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    need_dx, need_dw = args[-2:]
+    return x.new_empty(x.shape if need_dx else 0), w.new_empty(w.shape if need_dw else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w, y, class_subset, scale, backend, keep, workspace_bytes, _, product_dtype = inputs
+    log_l, _, workspace, *others = output
+    # Otherwise a zero gradient as large as the workspace would be made for it.
+    ctx.mark_non_differentiable(workspace, *others)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w, y, class_subset, log_l, workspace)
+    ctx.options = (scale, backend, workspace_bytes, product_dtype)
+    ctx.keep = keep
+
+
+def _backward(
+    ctx: Any, g_log_l: Tensor | None, g_theta: Tensor | None, *unused: Tensor | None
+) -> tuple[Any, ...]:
+    x, w, y, class_subset, log_l, workspace = ctx.saved_tensors
+    if not ctx.keep:
+        raise RuntimeError("cosine_lse: backward needs keep=True in the forward")
+    need_dx, need_dw = ctx.needs_input_grad[:2]
+    g_log_l = torch.zeros_like(log_l) if g_log_l is None else g_log_l
+    g_theta = torch.zeros_like(log_l) if g_theta is None else g_theta
+    dx, dw = cosine_lse_backward(
+        x, w, y, class_subset, log_l, workspace, g_log_l, g_theta, *ctx.options, need_dx, need_dw
+    )
+    return (dx if need_dx else None, dw if need_dw else None, *[None] * 8)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "expface_kernels computes first derivatives only: its gradient cannot be differentiated again. "
+        "expface_kernels.reference.margin_cross_entropy can"
+    )
+
+
+cosine_lse.register_autograd(_backward, setup_context=_setup_context)
+cosine_lse_backward.register_autograd(_no_second_derivative)
