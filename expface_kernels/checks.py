@@ -94,7 +94,7 @@ def check_options(
     """The options that a head and the function share."""
     if not callable(margin):
         raise TypeError(
-            f"margin: expected a callable theta -> psi such as ExpFace(), got {type(margin).__name__} {margin!r}"
+            f"margin: expected a callable theta -> psi such as ExpFace(), got {type(margin).__name__}"
         )
     if isinstance(margin, type):
         raise TypeError(f"margin: expected an instance such as {margin.__name__}(), got the class itself")

@@ -3,7 +3,7 @@
     n = negatives(embeddings, weight, labels, …)     check → op: log l, theta of every row
     loss = finish(n.log_l, n.theta, n.counted, …)    margin → loss → reduction, plain torch on (B,) vectors
 
-B rows · C classes · D features · S classes of a subset · psi: what the margin makes of cos θ · eqs.: docs/math.md
+B rows · C classes · D features · S classes of a subset · psi: the margin's cos θ · eqs.: docs/math.md
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels import backends, ops
+from expface_kernels.backends.base import Forward, Request
 from expface_kernels.checks import (
     check_class_subset,
     check_integer,
@@ -22,7 +23,7 @@ from expface_kernels.checks import (
     check_rows_and_centres,
     check_scale,
 )
-from expface_kernels.margins import ExpFace, MarginFunction, target_similarity
+from expface_kernels.margins import ExpFace, MarginFunction, as_tensor, target_similarity
 from expface_kernels.stats import BatchStats, batch_stats, reduce_rows
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
@@ -54,7 +55,7 @@ def margin_cross_entropy(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, BatchStats]:
-    """Margin-softmax cross-entropy without the (B, C) logits; its gradient is that of what it computes ("exact").
+    """Margin-softmax cross-entropy without (B, C) logits; its gradient is that of what it computes ("exact").
 
     loss_b = log(1 + exp(log l_b − s·psi(θ_b))), which is softmax cross-entropy over s·cos with the target's
     cos θ replaced by psi(θ) (docs/math.md eq. 6). Rows and centres are L2-normalised here.
@@ -67,7 +68,8 @@ def margin_cross_entropy(
         scale: s > 0, finite.
         reduction: "mean" over the rows that are not ignored (0 where all are), "sum", or "none" for (B,).
         ignore_index: rows with this label have loss 0 and no gradient, whatever they hold.
-        target_gradient: "exact" differentiates psi; "detached" takes the slope of cos θ, as published code does.
+        target_gradient: "exact" differentiates psi; "detached" takes the slope of cos θ, as published
+            code does.
         gradient_tolerance: 0, exact; other values are not offered yet.
         class_subset: (S,) int64, sorted: the classes that take part; must hold every counted label.
         workspace_bytes: how much of the exponentials the forward may keep for the backward, bytes.
@@ -75,15 +77,15 @@ def margin_cross_entropy(
         return_stats: also return BatchStats; a little extra work in the forward.
 
     Returns:
-        The loss, float32 (float64 if an input is): () or, for "none", (B,). With `return_stats` (loss, BatchStats).
-        A row with NaN or Inf has loss NaN. Gradients have each input's own dtype.
+        The loss, float32 (float64 if an input is): () or, for "none", (B,); with `return_stats` (loss,
+        BatchStats). A row with NaN or Inf has loss NaN. Gradients have each input's own dtype.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: the backend cannot serve; or a second derivative is asked for.
 
-    Peak extra memory beside the two gradients, on the cpu backend: workspace_bytes + one tile (8 MB) + 4 bytes
-    a class + O(B·D).
+    Peak extra memory beside the two gradients, on the cpu backend: workspace_bytes + one tile (8 MB) +
+    4 bytes a class + O(B·D).
     """
     margin = ExpFace() if margin is None else margin
     check_scale(scale)
@@ -127,19 +129,31 @@ def negatives(
     labels = labels.reshape(-1)
     name = backends.resolve(backend, embeddings, weight)
     y = ops.local_labels(labels, class_subset, weight.shape[0], ignore_index)
-    log_l, theta, _, _, hardest_cos, hardest_class = ops.cosine_lse(
-        embeddings,
-        weight,
-        y,
-        class_subset,
-        scale,
-        name,
-        torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad),
-        workspace_bytes,
-        find_hardest,
-        autocast_dtype(embeddings),
-    )
-    return Negatives(log_l, theta, labels != ignore_index, hardest_cos, hardest_class)
+    counted = labels != ignore_index
+    keep = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
+    product_dtype = autocast_dtype(embeddings)
+    if name == "reference":
+        # Padding may hold NaN, which autograd would spread; an op's own backward leaves it alone.
+        rows = torch.where(counted[:, None], embeddings, 0.0)
+        request = Request(scale, keep, workspace_bytes, find_hardest, product_dtype)
+        out = backends.REFERENCE.forward(rows, weight, y, class_subset, request)
+    else:
+        scale_tensor = as_tensor(scale, torch.ones((), dtype=torch.float64, device="cpu"))
+        out = Forward(
+            *ops.cosine_lse(
+                embeddings,
+                weight,
+                y,
+                class_subset,
+                scale_tensor,
+                backend=name,
+                keep=keep,
+                workspace_bytes=workspace_bytes,
+                find_hardest=find_hardest,
+                product_dtype=product_dtype,
+            )
+        )
+    return Negatives(out.log_l, out.theta, counted, out.hardest_cos, out.hardest_class)
 
 
 def finish(

@@ -134,14 +134,15 @@ class MarginSoftmaxHead(nn.Module):
         )
 
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Cosines (B, k), falling, and classes (B, k) int64 of the nearest centres; no margin, no gradient."""
+        """Cosines (B, k), falling, and classes (B, k) int64 of the nearest centres; no margin or gradient."""
         return topk_cosine(embeddings, self.weight, k, backend=self.backend)
 
     def extra_repr(self) -> str:
         margin = "" if isinstance(self.margin, nn.Module) else f", margin={self.margin!r}"
         return (
-            f"embedding_size={self.embedding_size}, num_classes={self.num_classes}{margin}, scale={self.scale}, "
-            f"reduction={self.reduction!r}, target_gradient={self.target_gradient!r}, backend={self.backend!r}"
+            f"embedding_size={self.embedding_size}, num_classes={self.num_classes}{margin}, "
+            f"scale={self.scale}, reduction={self.reduction!r}, target_gradient={self.target_gradient!r}, "
+            f"backend={self.backend!r}"
         )
 
 

@@ -73,6 +73,15 @@ def _check_parameter(
         raise ValueError(f"{owner}: {name} must be in {left}{low:.6g}, {high:.6g}{right}, got {value}{hint}")
 
 
+def as_tensor(value: Parameter, like: Tensor) -> Tensor:
+    """A float as a () tensor of like's dtype and device; a tensor as it is.
+
+    As a product, since that is what torch.compile keeps symbolic: with the bare float in a power or a
+    cosine, a schedule that assigns it at every step would compile at every step.
+    """
+    return value if isinstance(value, Tensor) else like.new_ones(()) * value
+
+
 class ExpFace(Margin):
     """psi = cos(π·(θ/π)^m): strictly decreasing, presses hardest in the middle of the angular space.
 
@@ -86,7 +95,7 @@ class ExpFace(Margin):
         self.m = m
 
     def __call__(self, theta: Tensor) -> Tensor:
-        return torch.cos(math.pi * (theta.clamp_min(THETA_FLOOR) / math.pi) ** self.m)
+        return torch.cos(math.pi * (theta.clamp_min(THETA_FLOOR) / math.pi) ** as_tensor(self.m, theta))
 
 
 class ArcFace(Margin):
@@ -107,13 +116,13 @@ class ArcFace(Margin):
         self.boundary = boundary
 
     def __call__(self, theta: Tensor) -> Tensor:
-        inside = torch.cos(theta + self.m)
+        m = as_tensor(self.m, theta)
+        inside = torch.cos(theta + m)
         if self.boundary == "none":
             return inside
         if self.boundary == "easy":
             return torch.where(theta < math.pi / 2, inside, torch.cos(theta))
-        drop = self.m * torch.sin(torch.as_tensor(self.m, dtype=theta.dtype, device=theta.device))
-        return torch.where(theta + self.m <= math.pi, inside, torch.cos(theta) - drop)
+        return torch.where(theta + m <= math.pi, inside, torch.cos(theta) - m * torch.sin(m))
 
 
 class CosFace(Margin):
@@ -128,7 +137,7 @@ class CosFace(Margin):
         self.m = m
 
     def __call__(self, theta: Tensor) -> Tensor:
-        return torch.cos(theta) - self.m
+        return torch.cos(theta) - as_tensor(self.m, theta)
 
 
 class SphereFace(Margin):
@@ -143,9 +152,10 @@ class SphereFace(Margin):
         self.m = m
 
     def __call__(self, theta: Tensor) -> Tensor:
-        k = torch.floor((self.m * theta / math.pi).detach())
+        angle = as_tensor(self.m, theta) * theta
+        k = torch.floor((angle / math.pi).detach())
         sign = 1 - 2 * torch.remainder(k, 2)
-        return sign * torch.cos(self.m * theta) - 2 * k
+        return sign * torch.cos(angle) - 2 * k
 
 
 class CombinedMargin(Margin):
@@ -167,7 +177,8 @@ class CombinedMargin(Margin):
         self.m3 = m3
 
     def __call__(self, theta: Tensor) -> Tensor:
-        return torch.cos(self.m1 * theta + self.m2) - self.m3
+        m1, m2, m3 = (as_tensor(m, theta) for m in (self.m1, self.m2, self.m3))
+        return torch.cos(m1 * theta + m2) - m3
 
 
 class NormFace(Margin):

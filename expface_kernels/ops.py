@@ -4,6 +4,7 @@
     y = local_labels(labels, …)                 looks at label values, which code outside an op must not
 
 B rows · C classes that take part · D features · x (B, D) · w (C_all, D) · y (B,) int64
+scale () float64 on the CPU: torch.compile would make a graph for each value of a float
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def cosine_lse(
     w: Tensor,
     y: Tensor,
     class_subset: Tensor | None,
-    scale: float,
+    scale: Tensor,
     backend: str,
     keep: bool,
     workspace_bytes: int,
@@ -90,9 +91,11 @@ def cosine_lse(
     log_l = log Σ_{j≠y} exp(scale·cos_bj) and the target angle in radians (docs/math.md eqs. 2 to 4). Only
     these two are differentiable; what was not asked for has size 0.
     """
-    request = Request(scale, keep, workspace_bytes, find_hardest, product_dtype)
+    request = Request(scale.item(), keep, workspace_bytes, find_hardest, product_dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return tuple(backends.serving(backend, x, w).forward(x, w, y, class_subset, request))
+        # A plain tuple: the schema of a custom op knows no named one.
+        out = backends.serving_op(backend, x, w).forward(x, w, y, class_subset, request)
+        return out[0], out[1], out[2], out[3], out[4], out[5]
 
 
 @cosine_lse.register_fake
@@ -101,7 +104,7 @@ def _(
     w: Tensor,
     y: Tensor,
     class_subset: Tensor | None,
-    scale: float,
+    scale: Tensor,
     backend: str,
     keep: bool,
     workspace_bytes: int,
@@ -110,16 +113,15 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, classes = x.shape[0], (w if class_subset is None else class_subset).shape[0]
     dtype = compute_dtype(x, w)
-    request = Request(scale, keep, workspace_bytes, find_hardest, product_dtype)
-    numel = backends.get(backend).workspace_numel(rows, classes, dtype, request) if keep else 0
+    request = Request(1.0, keep, workspace_bytes, find_hardest, product_dtype)  # no size depends on s
+    numel = backends.op_backend(backend).workspace_numel(rows, classes, dtype, request) if keep else 0
     found = rows if find_hardest else 0
-    wide = {"dtype": torch.float64}
     return (
-        x.new_empty(rows, **wide),
-        x.new_empty(rows, **wide),
+        x.new_empty(rows, dtype=torch.float64),
+        x.new_empty(rows, dtype=torch.float64),
         x.new_empty(numel, dtype=dtype),
-        x.new_empty(0, **wide),
-        x.new_empty(found, **wide),
+        x.new_empty(0, dtype=torch.float64),
+        x.new_empty(found, dtype=torch.float64),
         y.new_empty(found),
     )
 
@@ -130,11 +132,11 @@ def cosine_lse_backward(
     w: Tensor,
     y: Tensor,
     class_subset: Tensor | None,
+    scale: Tensor,
     log_l: Tensor,
     workspace: Tensor,
     g_log_l: Tensor,
     g_theta: Tensor,
-    scale: float,
     backend: str,
     workspace_bytes: int,
     product_dtype: torch.dtype | None,
@@ -142,9 +144,9 @@ def cosine_lse_backward(
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dx (B, D), dw (C_all, D)) in their inputs' dtypes; of size 0 where not needed."""
-    request = Request(scale, True, workspace_bytes, False, product_dtype)
+    request = Request(scale.item(), True, workspace_bytes, False, product_dtype)
     with torch.autocast(x.device.type, enabled=False):
-        dx, dw = backends.serving(backend, x, w).backward(
+        dx, dw = backends.serving_op(backend, x, w).backward(
             x, w, y, class_subset, log_l, workspace, g_log_l, g_theta, request, need_dx, need_dw
         )
     return x.new_empty(0) if dx is None else dx, w.new_empty(0) if dw is None else dw
@@ -162,22 +164,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # Otherwise a zero gradient as large as the workspace would be made for it.
     ctx.mark_non_differentiable(workspace, *others)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, w, y, class_subset, log_l, workspace)
-    ctx.options = (scale, backend, workspace_bytes, product_dtype)
+    ctx.save_for_backward(x, w, y, class_subset, scale, log_l, workspace)
+    ctx.options = (backend, workspace_bytes, product_dtype)
     ctx.keep = keep
 
 
 def _backward(
     ctx: Any, g_log_l: Tensor | None, g_theta: Tensor | None, *unused: Tensor | None
 ) -> tuple[Any, ...]:
-    x, w, y, class_subset, log_l, workspace = ctx.saved_tensors
+    x, w, y, class_subset, scale, log_l, workspace = ctx.saved_tensors
     if not ctx.keep:
         raise RuntimeError("cosine_lse: backward needs keep=True in the forward")
     need_dx, need_dw = ctx.needs_input_grad[:2]
     g_log_l = torch.zeros_like(log_l) if g_log_l is None else g_log_l
     g_theta = torch.zeros_like(log_l) if g_theta is None else g_theta
     dx, dw = cosine_lse_backward(
-        x, w, y, class_subset, log_l, workspace, g_log_l, g_theta, *ctx.options, need_dx, need_dw
+        x, w, y, class_subset, scale, log_l, workspace, g_log_l, g_theta, *ctx.options, need_dx, need_dw
     )
     return (dx if need_dx else None, dw if need_dw else None, *[None] * 8)
 

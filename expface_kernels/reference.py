@@ -1,10 +1,10 @@
 """The definition of truth: the loss in plain PyTorch, logits in memory, gradients by autograd.
 
-Slow and large on purpose; short enough to be checked by eye. Computes in the wider dtype of its two inputs, float32 at
-least (the target path in float64), so float64 inputs give float64 truth.
+Slow and large on purpose; short enough to be checked by eye. Computes in the wider dtype of its two
+inputs, float32 at least (the target path in float64), so float64 inputs give float64 truth.
 
-B rows · C classes · D features · x (B, D) embeddings · w (C, D) class centres · y (B,) label, −1: no target here
-s scale · theta (B,) target angle, radians · log_l (B,) log Σ_{j≠y} exp(s·cos_bj) · equation numbers: docs/math.md
+B rows · C classes · D features · x (B, D) embeddings · w (C, D) class centres · y (B,) label, −1: none here
+s scale · theta (B,) target angle, radians · log_l (B,) log Σ_{j≠y} exp(s·cos_bj) · eqs.: docs/math.md
 """
 
 from __future__ import annotations

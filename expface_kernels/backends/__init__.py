@@ -1,4 +1,4 @@
-"""Backends by name. Each implements the op for one kind of device and says what it cannot do.
+"""Backends by name. Each serves one kind of device and says what it cannot do.
 
 "auto" takes the device's own: triton for a GPU, cpu for the CPU, reference for float64 on a GPU. One that
 cannot serve raises, with its reason; nothing falls back silently.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expface_kernels.backends.base import Backend
+from expface_kernels.backends.base import Backend, OpBackend
 from expface_kernels.backends.cpu import CpuBackend
 from expface_kernels.backends.reference import ReferenceBackend
 
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (ReferenceBackend(), CpuBackend())}
+REFERENCE = ReferenceBackend()
+_OP_BACKENDS: dict[str, OpBackend] = {"cpu": CpuBackend()}
+_BACKENDS: dict[str, Backend] = {"reference": REFERENCE, **_OP_BACKENDS}
 # Backends that "auto" would choose and that this version does not have.
 _MISSING = {"triton": "this version has no GPU kernels yet"}
 
@@ -27,7 +29,7 @@ def resolve(backend: str, x: Tensor, w: Tensor) -> str:
     """The name of the backend that `backend` means for these inputs; ValueError for a name there is not."""
     names = ["auto", *_BACKENDS, *_MISSING]
     if backend not in names:
-        raise ValueError(f"backend must be one of {names}, got {backend!r}")
+        raise ValueError(f"backend: expected one of {names}, got {backend!r}")
     if backend != "auto":
         return backend
     if x.device.type == "cpu":
@@ -35,20 +37,31 @@ def resolve(backend: str, x: Tensor, w: Tensor) -> str:
     return "reference" if torch.float64 in (x.dtype, w.dtype) else "triton"
 
 
-def get(name: str) -> Backend:
-    """The backend itself, whether or not it can run."""
+def op_backend(name: str) -> OpBackend:
+    """The backend of that name that the op calls; RuntimeError for one that this version lacks."""
     if name in _MISSING:
         raise RuntimeError(_refusal(name, _MISSING[name]))
-    return _BACKENDS[name]
+    return _OP_BACKENDS[name]
 
 
 def serving(name: str, x: Tensor, w: Tensor) -> Backend:
-    """The backend, able to take x and w; RuntimeError with the reason where it is not."""
-    backend = get(name)
+    """The backend, able to take x and w; RuntimeError with its reason where it is not."""
+    backend = REFERENCE if name == "reference" else op_backend(name)
+    _check_serves(backend, x, w)
+    return backend
+
+
+def serving_op(name: str, x: Tensor, w: Tensor) -> OpBackend:
+    """The same, for the op."""
+    backend = op_backend(name)
+    _check_serves(backend, x, w)
+    return backend
+
+
+def _check_serves(backend: Backend, x: Tensor, w: Tensor) -> None:
     reason = backend.unavailable() or backend.why_not(x, w)
     if reason is not None:
-        raise RuntimeError(_refusal(name, reason))
-    return backend
+        raise RuntimeError(_refusal(backend.name, reason))
 
 
 def _refusal(name: str, reason: str) -> str:

@@ -45,7 +45,7 @@ class Forward(NamedTuple):
 
 
 class Backend(Protocol):
-    """Forward and backward of the op on one kind of device.
+    """The first half of the loss on one kind of device.
 
     x (B, D) and w (C_all, D) floating point; y (B,) int64 in [0, C), NO_TARGET or INVALID_TARGET;
     class_subset (C,) sorted int64 or None.
@@ -59,13 +59,20 @@ class Backend(Protocol):
     def why_not(self, x: Tensor, w: Tensor) -> str | None:
         """Why it cannot take these inputs; None where it can."""
 
-    def workspace_numel(self, batch: int, classes: int, dtype: torch.dtype, request: Request) -> int:
-        """Elements, of `dtype`, of the workspace that forward returns for `keep`."""
-
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
     ) -> Forward:
         """The op's outputs."""
+
+    def topk(self, x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest cosines (B, k), falling, and their classes (B, k) int64."""
+
+
+class OpBackend(Backend, Protocol):
+    """A backend behind the custom op: autograd does not see into it, so it brings its own backward."""
+
+    def workspace_numel(self, batch: int, classes: int, dtype: torch.dtype, request: Request) -> int:
+        """Elements, of `dtype`, of the workspace that forward returns for `keep`."""
 
     def backward(
         self,
@@ -82,9 +89,6 @@ class Backend(Protocol):
         need_dw: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(dx, dw) in the dtypes and shapes of x and w, from G and H (B,) float64 (eqs. 10 and 11)."""
-
-    def topk(self, x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest cosines (B, k), falling, and their classes (B, k) int64."""
 
 
 def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:

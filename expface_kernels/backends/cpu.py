@@ -227,7 +227,7 @@ def _scratch(plan: TilePlan, dtype: torch.dtype) -> Tensor:
 
 
 def _product_rows(xn: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(finite (B,), xn (B, D) in `dtype`); rows with NaN or Inf are 0 there, so that they stay by themselves."""
+    """(finite (B,), xn (B, D) in `dtype`): rows with NaN or Inf become 0, so that no other row meets them."""
     finite = torch.isfinite(xn).all(dim=1)
     return finite, torch.where(finite[:, None], xn, 0.0).to(dtype)
 
@@ -258,7 +258,7 @@ def _hardest(
 
 
 def _tangent_sums(pairs: Pairs, v: Tensor, g_theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Classes (K,), sorted, and Σ_{b: y_b=j} H_b·v_b/|w_j| (K, D) float64, the target's share of dw (eq. 11)."""
+    """Classes (K,), sorted, and Σ_{b: y_b=j} H_b·v_b/|w_j| (K, D) f64, the targets' share of dw (eq. 11)."""
     rows = torch.nonzero(pairs.y >= 0)[:, 0]
     classes, group = torch.unique(pairs.y[rows], return_inverse=True)
     pull = _weighted(g_theta[rows, None], v[rows] / pairs.w_norm[rows].clamp_min(NORM_EPS))

@@ -34,7 +34,7 @@ def advise_huge_pages(tensor: Tensor) -> None:
 
 
 class Kernels:
-    """The extension's functions for one compute dtype, taking tensors: contiguous, of that dtype, on the CPU."""
+    """The extension's functions for one compute dtype, on contiguous CPU tensors of that dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         extension = _load()

@@ -17,7 +17,7 @@ _free: list[np.ndarray] = []  # uint8 buffers that nobody uses
 
 
 def lend(numel: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised (numel,) tensor of `dtype`, 64-byte aligned, from the pool where one is large enough."""
+    """An uninitialised (numel,) tensor, 64-byte aligned, from the pool where that has one large enough."""
     nbytes = numel * dtype.itemsize
     buffer = _take(nbytes + _ALIGNMENT)
     offset = -buffer.ctypes.data % _ALIGNMENT
