@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint typecheck format bench bench-toy clean
+.PHONY: help demo test lint typecheck format bench bench-toy clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14

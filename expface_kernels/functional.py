@@ -84,7 +84,7 @@ def margin_cross_entropy(
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: the backend cannot serve; or a second derivative is asked for.
 
-    Peak extra memory beside the two gradients, on the cpu backend: workspace_bytes + one tile (8 MB) +
+    Peak extra memory beside the two gradients, on the cpu backend: workspace_bytes + one tile (32 MB) +
     4 bytes a class + O(B·D).
     """
     margin = ExpFace() if margin is None else margin
@@ -187,7 +187,7 @@ def topk_cosine(
     """The k classes nearest to each row, without a margin and without (B, C) cosines.
 
     embeddings (B, D), weight (C, D), 1 ≤ k ≤ C → cosines (B, k), falling, float32 (float64 if an input is),
-    and classes (B, k) int64. No gradient. Peak extra memory: two tiles of cosines (16 MB) + O(B·(k + D)).
+    and classes (B, k) int64. No gradient. Peak extra memory: two tiles of cosines (64 MB) + O(B·(k + D)).
     """
     check_rows_and_centres(embeddings, weight)
     check_integer("k", k, least=1)

@@ -102,8 +102,8 @@ class ArcFace(Margin):
     """psi = cos(θ + m).
 
     m: radians, 0 ≤ m < π. Past θ = π − m, where cos(θ + m) rises again, `boundary` says what holds:
-    "none" cos(θ + m) as published, "monotonic" cos θ − m·sin m, "easy" cos θ wherever θ ≥ π/2.
-    Source: arXiv 1801.07698.
+    "none" cos(θ + m) as published, "monotonic" cos θ − m·sin m (which falls for m < 2.33), "easy"
+    cos θ wherever θ ≥ π/2. Source: arXiv 1801.07698.
     """
 
     ranges: ClassVar = {"m": (0.0, math.pi, True, False)}

@@ -33,9 +33,15 @@ def _length(d: Tensor) -> Tensor:
 
 
 def pair_angle(x: Tensor, w: Tensor) -> Tensor:
-    """theta (B,) float64, radians, between the rows of x and w (B, D): 2·atan2(|xn−wn|, |xn+wn|) (eq. 4)."""
-    xn, wn = normalize(x.double()), normalize(w.double())
-    return 2 * torch.atan2(_length(xn - wn), _length(xn + wn))
+    """theta (B,) float64, radians, between the rows of x and w (B, D): 2·atan2(|xn−wn|, |xn+wn|) (eq. 4).
+
+    No gradient where either is shorter than eps: it has no direction (eq. 5).
+    """
+    x, w = x.double(), w.double()
+    xn, wn = normalize(x), normalize(w)
+    theta = 2 * torch.atan2(_length(xn - wn), _length(xn + wn))
+    alive = torch.minimum(torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(w, dim=1)) >= NORM_EPS
+    return torch.where(alive, theta, theta.detach())
 
 
 def cosine_lse(x: Tensor, w: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,11 @@
 // EXPFACE_TABLE_NAME and is compiled for one instruction set (setup.py). Plain loops over fixed lanes, which
 // every compiler vectorises without being allowed to reorder a sum (-ffast-math breaks the exponential).
 //
-// No standard header but <cstdint>: an inline function of theirs, compiled here for AVX-512 and kept by
-// the linker for everyone, would crash older machines. For the same reason all of this is `static`.
+// Nothing of the C++ library: an inline function of its, compiled here for AVX-512 and kept by the linker
+// for everyone, would crash older machines. For the same reason all of this is in an unnamed namespace.
+
+#include <math.h>
+#include <string.h>
 
 #include "simd/kernels.h"
 
@@ -64,11 +67,11 @@ inline T exp2_flushed(T z) {
   const T whole_shifted = z + round;
   const T fraction = z - (whole_shifted - round);
   Int bits, zero_bits;
-  __builtin_memcpy(&bits, &whole_shifted, sizeof bits);
-  __builtin_memcpy(&zero_bits, &round, sizeof zero_bits);
+  memcpy(&bits, &whole_shifted, sizeof bits);
+  memcpy(&zero_bits, &round, sizeof zero_bits);
   const Int power_bits = (bits - zero_bits + Float<T>::BIAS) << Float<T>::MANTISSA;
   T power;
-  __builtin_memcpy(&power, &power_bits, sizeof power);
+  memcpy(&power, &power_bits, sizeof power);
   const T value = Horner<T, 0>::eval(fraction) * power;
   return z < static_cast<T>(1 - Float<T>::BIAS) ? static_cast<T>(0) : value;
 }
@@ -90,7 +93,7 @@ inline Acc dot(const T* a, const T* b, int64_t dim) {
 template <typename T>
 void inverse_norms(const T* w, int64_t rows, int64_t dim, T* inv) {
   for (int64_t j = 0; j < rows; ++j) {
-    const double norm = __builtin_sqrt(dot<double>(w + j * dim, w + j * dim, dim));
+    const double norm = sqrt(dot<double>(w + j * dim, w + j * dim, dim));
     inv[j] = static_cast<T>(1.0 / (norm < NORM_EPS ? NORM_EPS : norm));
   }
 }

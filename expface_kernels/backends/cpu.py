@@ -23,8 +23,8 @@ from expface_kernels.backends.native import Kernels, advise_huge_pages, load_err
 from expface_kernels.reference import NORM_EPS
 
 LOG2_E = math.log2(math.e)
-TILE_ELEMENTS = 1 << 21  # logits of a tile
-TILE_CLASSES = (1024, 16384)
+TILE_ELEMENTS = 1 << 23  # logits of a tile, 32 MB of float32
+TILE_CLASSES = (1024, 32768)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class CpuBackend:
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
     ) -> Forward:
-        """Eqs. 2 to 4. Peak extra memory: a tile (8 MB) + the workspace + 4 bytes a class + O(B·D)."""
+        """Eqs. 2 to 4. Peak extra memory: a tile (32 MB) + the workspace + 4 bytes a class + O(B·D)."""
         dtype = compute_dtype(x, w)
         classes = w.shape[0] if class_subset is None else class_subset.shape[0]
         plan = TilePlan.of(x.shape[0], classes, dtype, request)
@@ -275,7 +275,8 @@ def _input_gradient(pairs: Pairs, a: Tensor, u: Tensor, s_g: Tensor, g_theta: Te
     tangent = a - (a * pairs.xn).sum(1, keepdim=True) * pairs.xn
     pull = _weighted(s_g[:, None], tangent) - _weighted(g_theta[:, None], u)
     dx = pull / pairs.x_norm.clamp_min(NORM_EPS)
-    return torch.where(pairs.x_norm < NORM_EPS, 0.0, dx)
+    # Nothing pulls an ignored row: it gets 0 even where its norm is NaN.
+    return torch.where((pairs.x_norm < NORM_EPS) | (pull == 0), 0.0, dx)
 
 
 class _WeightGradient:
@@ -297,7 +298,7 @@ class _WeightGradient:
             advise_huge_pages(self.dw)
         else:
             self.dw = torch.zeros(w.shape, dtype=w.dtype)
-        rows = 0 if self.direct else tile
+        rows = 0 if self.direct else min(tile, w.shape[0])
         self._buffer = pool.lend(rows * w.shape[1], dtype).view(rows, w.shape[1])
 
     def tile(self, start: int, stop: int) -> Tensor:
