@@ -23,8 +23,8 @@ $(VENV)/.installed: $(SOURCES)
 demo: $(VENV)/.installed  ## train on glyphs, verify unseen ones, time the head (under 5 minutes)
 	$(PY) -m examples.glyphs.demo --out $(OUT)
 
-test: $(VENV)/.installed  ## all tests
-	$(PY) -m pytest
+test: $(VENV)/.installed  ## all tests, one worker a core (each takes one thread)
+	$(PY) -m pytest -n 2
 
 lint: $(VENV)/.installed  ## ruff: rules and formatting
 	$(PY) -m ruff check .
