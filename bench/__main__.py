@@ -152,9 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
         result = run(plan, progress)
-    print_report(result, out)
     if options.json is not None:
         options.json.write_text(result.to_json())
+    print_report(result, out)
     return 0 if result.ok else 1
 
 

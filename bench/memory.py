@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from bench import machine, peers
-from bench.cases import Case
+from bench.cases import LARGEST_WITH_LOGITS, Case
 from bench.measure import run_step
 from bench.result import Memory
 
@@ -36,7 +36,10 @@ def unavailable() -> str | None:
 def measure(name: str, case: Case) -> Memory:
     """Extra bytes of the peer, measured in a fresh process; or the reason why not, or the error."""
     peer = peers.get(name)
-    nothing = Memory(name, peer.label(case), case, None, unavailable() or peer.why_not(case), None)
+    reason = unavailable() or peer.why_not(case)
+    if reason is None and case.classes > LARGEST_WITH_LOGITS and not name.startswith("ours"):
+        reason = f"holds the logits: measured to {LARGEST_WITH_LOGITS:,} classes only"
+    nothing = Memory(name, peer.label(case), case, None, reason, None)
     if nothing.why_not:
         return nothing
     job = json.dumps({"peer": name, "case": dataclasses.asdict(case)})
