@@ -1,7 +1,9 @@
 """The triton backend: fused kernels for GPUs. This file imports no Triton; the rest does, when first used.
 
     kernels.py, row_kernels.py   @triton.jit code: class tiles; rows and targets
-    launch.py                    allocation, grids, the order of launches
+    plan.py                      what a call computes in and holds
+    launch.py                    what every call starts with; forward.py and backward.py the order of launches
+    calls.py                     how a launch or a library product is made
     tuning.py                    block sizes by architecture, features and dtypes
 
 With TRITON_INTERPRET=1 set before its first use it takes CPU tensors, for tests without a GPU.
@@ -56,9 +58,9 @@ class TritonBackend:
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
     ) -> Forward:
         """Eqs. 2 to 4. Peak extra memory: the workspace + 4 bytes · B · classes / 128 + O(B·D)."""
-        from expface_kernels.backends.triton.launch import Launcher
+        from expface_kernels.backends.triton.forward import ForwardCall
 
-        return Launcher(x, w, y, class_subset, request).forward()
+        return ForwardCall(x, w, y, class_subset, request).forward()
 
     def backward(
         self,
@@ -75,18 +77,18 @@ class TritonBackend:
         need_dw: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Eqs. 9 to 11. Peak extra memory beside dw: a chunk of P' (128 MiB), 4 bytes a class, O(B·D)."""
-        from expface_kernels.backends.triton.launch import Launcher
+        from expface_kernels.backends.triton.backward import BackwardCall
 
-        launcher = Launcher(x, w, y, class_subset, request)
-        return launcher.backward(log_l, workspace, g_log_l, g_theta, need_dx, need_dw)
+        call = BackwardCall(x, w, y, class_subset, request)
+        return call.backward(log_l, workspace, g_log_l, g_theta, need_dx, need_dw)
 
     def topk(self, x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Streamed over chunks of classes; peak extra memory: two chunks of cosines + O(B·(k + D))."""
-        from expface_kernels.backends.triton.launch import Launcher
+        from expface_kernels.backends.triton.forward import ForwardCall
 
         y = torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)
         request = Request(scale=1.0, keep=False, workspace_bytes=0, find_hardest=False, product_dtype=None)
-        return Launcher(x, w, y, None, request).topk(k)
+        return ForwardCall(x, w, y, None, request).topk(k)
 
 
 def interpreted() -> bool:

@@ -5,15 +5,16 @@ x (B_pad, D_PAD) row operand · w (C_all, D) stored centres, any strides · inde
 p (chunk, B_pad) P' of eq. 9, class-major · e (kept, B_pad) kept exponentials · eqs.: docs/math.md
 Prefixes: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block of values. Exponents are in units of log 2.
 
-Centres are cast to the dtype of x in the tile. `inv` is 1/max(|w_j|, eps) of the values so cast, negative where
-|w_j| < eps. SHIFTED: centres are first multiplied by `shift`, a power of two, and `inv` belongs to the product.
+Centres are cast to the dtype of x in the tile. `inv` is 1/max(|w_j|, eps) of the values so cast, negative
+where |w_j| < eps. SHIFTED: centres are first multiplied by `shift`, a power of two, and `inv` belongs to what
+comes out.
 Rows of x that are padding are 0; a row with NaN is 0 too, and has a row_scale of NaN.
 """
 
 import triton
 import triton.language as tl
 
-# The interpreter casts to bfloat16 by truncation and multiplies its bit patterns, so both are done by hand there.
+# The interpreter truncates when it casts to bfloat16 and multiplies its bit patterns: both by hand there.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 EPS = tl.constexpr(1e-12)
 LARGEST = tl.constexpr(3.3e38)  # below bfloat16's largest number, so that rounding makes no infinity
@@ -22,7 +23,7 @@ LARGEST = tl.constexpr(3.3e38)  # below bfloat16's largest number, so that round
 @triton.jit
 def rounded(b_v, DTYPE: tl.constexpr):
     """float32 values in DTYPE, to nearest, ties to even."""
-    if INTERPRET and DTYPE == tl.bfloat16:
+    if INTERPRET and tl.bfloat16 == DTYPE:
         b_bits = b_v.to(tl.int32, bitcast=True)
         b_bits = b_bits + 0x7FFF + ((b_bits >> 16) & 1)
         b_v = tl.where(b_v == b_v, (b_bits & -65536).to(tl.float32, bitcast=True), b_v)
@@ -58,7 +59,7 @@ def _load_centres(p_rows, o_d, stride_d, D: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _centre_rows(p_w, p_index, i_classes, stride_w, INDEXED: tl.constexpr):
-    """Pointers (N,) to the centres of classes i_classes, in 64 bit: C·D passes 2^31 at 4.2 million classes."""
+    """Pointers (N,) to the centres of classes i_classes, 64 bit: C·D passes 2^31 at 4.2 million classes."""
     i_rows = i_classes.to(tl.int64)
     if INDEXED:
         i_rows = tl.load(p_index + i_rows)
@@ -285,7 +286,7 @@ def weight_gradient_tile(
     SHIFTED: tl.constexpr,
     OVER_NORM: tl.constexpr,
 ):
-    """dw of (BM classes, BN features), finished: product, projection, tangents (eq. 11); features run fastest."""
+    """A finished tile of dw: product, projection, tangents (eq. 11); feature blocks run fastest."""
     i_block = tl.program_id(0) % (D_PAD // BN)
     i_tile = tl.program_id(0) // (D_PAD // BN)
     o_d = i_block * BN + tl.arange(0, BN)

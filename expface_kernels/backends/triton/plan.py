@@ -80,9 +80,7 @@ class Plan:
     def split(self, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The workspace as inv (classes_pad,), shift (classes_pad,) or (0,), e (kept_pad, rows_pad)."""
         shifts = self.classes_pad if self.shifted else 0
-        inv, shift, e = workspace.split(
-            [self.classes_pad, shifts, self.numel - self.classes_pad - shifts]
-        )
+        inv, shift, e = workspace.split([self.classes_pad, shifts, self.numel - self.classes_pad - shifts])
         return inv, shift, e.view(self.product).view(self.kept_pad, self.rows_pad)
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:

@@ -45,13 +45,18 @@ class Blocks:
 
 
 def architecture(device: torch.device) -> str:
-    """"sm_90", "gfx942", …, or "interpreter" for CPU tensors."""
+    """ "sm_90", "gfx942", …, or "interpreter" for CPU tensors."""
     if device.type == "cpu":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def row_elements(arch: str) -> int:
+    """Elements of a row kernel's block: 16 float64 a thread; the interpreter pays by the program."""
+    return 2**16 if arch == "interpreter" else 2048
 
 
 def float32_precision(arch: str, allow_tf32: bool) -> str:
