@@ -35,12 +35,12 @@ void bind_kernels(py::module_& m, const std::string& dtype) {
         py::arg("threads"), guard);
   m.def(("backward_tile_" + dtype).c_str(),
         [](uintptr_t dots, int64_t rows, int64_t batch, uintptr_t inv, double scale, uintptr_t local_labels,
-           uintptr_t log2_l, int threads) {
+           uintptr_t shift, int threads) {
           backward_tile<T>(at<T>(dots), rows, batch, at<T>(inv), scale, at<int64_t>(local_labels),
-                           at<T>(log2_l), threads);
+                           at<T>(shift), threads);
         },
         py::arg("dots"), py::arg("rows"), py::arg("batch"), py::arg("inv"), py::arg("scale"),
-        py::arg("local_labels"), py::arg("log2_l"), py::arg("threads"), guard);
+        py::arg("local_labels"), py::arg("shift"), py::arg("threads"), guard);
   m.def(("project_" + dtype).c_str(),
         [](uintptr_t acc, uintptr_t w, int64_t rows, int64_t dim, uintptr_t inv, double factor, int threads) {
           project<T>(at<T>(acc), at<T>(w), rows, dim, at<T>(inv), factor, threads);

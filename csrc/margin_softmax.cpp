@@ -119,9 +119,9 @@ void forward_tile(T* dots, int64_t rows, int64_t batch, const T* inv, double sca
 
 template <typename T>
 void backward_tile(T* dots, int64_t rows, int64_t batch, const T* inv, double scale,
-                   const int64_t* local_labels, const T* log2_l, int threads) {
+                   const int64_t* local_labels, const T* shift, int threads) {
   mask_targets(dots, rows, batch, local_labels);
-  exponentials(dots, rows, batch, inv, scale, log2_l, useful_threads(rows * batch, threads));
+  exponentials(dots, rows, batch, inv, scale, shift, useful_threads(rows * batch, threads));
 }
 
 template <typename T>

@@ -24,10 +24,11 @@ template <typename T>
 void forward_tile(T* dots, int64_t rows, int64_t batch, const T* inv, double scale, const int64_t* local_labels,
                   T* tile_max, double* tile_sum, int64_t* hardest, int threads);
 
-// Turns `dots` into p_bj/|w_j|, 0 at the target (eq. 9), given log2_l (B,) finite.
+// Turns `dots` into 2^(exponent − shift)/|w_j|, 0 at the target: p_bj/|w_j| for shift (B,) = log2 l_b (eq. 9).
+// shift must be finite.
 template <typename T>
 void backward_tile(T* dots, int64_t rows, int64_t batch, const T* inv, double scale,
-                   const int64_t* local_labels, const T* log2_l, int threads);
+                   const int64_t* local_labels, const T* shift, int threads);
 
 // acc_j = factor·(acc_j − (acc_j·wn_j)·wn_j), in place (eq. 11). acc, w (rows, dim) contiguous.
 template <typename T>

@@ -92,12 +92,7 @@ def check_options(
     workspace_bytes: Any,
 ) -> None:
     """The options that a head and the function share."""
-    if not callable(margin):
-        raise TypeError(
-            f"margin: expected a callable theta -> psi such as ExpFace(), got {type(margin).__name__}"
-        )
-    if isinstance(margin, type):
-        raise TypeError(f"margin: expected an instance such as {margin.__name__}(), got the class itself")
+    check_margin(margin)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("target_gradient", target_gradient, TARGET_GRADIENTS)
     _check_number("gradient_tolerance", gradient_tolerance)
@@ -107,6 +102,16 @@ def check_options(
         )
     check_integer("ignore_index", ignore_index)
     check_integer("workspace_bytes", workspace_bytes, least=0)
+
+
+def check_margin(margin: Any) -> None:
+    """A callable; what it returns is checked when it is called."""
+    if not callable(margin):
+        raise TypeError(
+            f"margin: expected a callable theta -> psi such as ExpFace(), got {type(margin).__name__}"
+        )
+    if isinstance(margin, type):
+        raise TypeError(f"margin: expected an instance such as {margin.__name__}(), got the class itself")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

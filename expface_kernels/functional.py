@@ -126,7 +126,7 @@ def negatives(
     check_rows_and_centres(embeddings, weight)
     check_labels(labels, embeddings)
     check_class_subset(class_subset, weight)
-    labels = labels.reshape(-1)
+    labels = labels.reshape(-1).long()  # wide before it meets ignore_index: 156 as uint8 is not −100
     name = backends.resolve(backend, embeddings, weight)
     y = ops.local_labels(labels, class_subset, weight.shape[0], ignore_index)
     counted = labels != ignore_index

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expface_kernels.checks import FLOATS, check_integer, check_options, check_scale
+from expface_kernels.checks import FLOATS, check_integer, check_margin, check_options, check_scale
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, margin_cross_entropy, topk_cosine
 from expface_kernels.margins import ExpFace, MarginFunction
 from expface_kernels.stats import BatchStats
@@ -89,6 +89,14 @@ class MarginSoftmaxHead(nn.Module):
         self.seed = seed
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "margin":
+            check_margin(value)
+            # A margin may be a module or not: torch would not let one replace the other.
+            self.__dict__.pop(name, None)
+            self.__dict__.get("_modules", {}).pop(name, None)
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """Draw the centres anew from `seed`: the same ones on every device."""

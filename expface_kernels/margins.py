@@ -110,10 +110,13 @@ class ArcFace(Margin):
     boundaries = ("none", "monotonic", "easy")
 
     def __init__(self, m: Parameter = 0.5, boundary: str = "none") -> None:
-        if boundary not in self.boundaries:
-            raise ValueError(f"ArcFace: boundary must be one of {self.boundaries}, got {boundary!r}")
         self.m = m
         self.boundary = boundary
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "boundary" and value not in self.boundaries:
+            raise ValueError(f"ArcFace: boundary must be one of {self.boundaries}, got {value!r}")
+        super().__setattr__(name, value)
 
     def __call__(self, theta: Tensor) -> Tensor:
         m = as_tensor(self.m, theta)
@@ -197,12 +200,12 @@ def target_similarity(margin: MarginFunction, theta: Tensor, target_gradient: st
     "exact" differentiates psi; "detached" keeps its value and takes the slope of cos θ, as the published
     ExpFace code does. Either way the margin's own parameters keep their gradient.
     """
-    if target_gradient == "exact":
-        psi = margin(theta)
-    else:
-        cos = torch.cos(theta)
-        psi = margin(theta.detach()) + cos - cos.detach()
+    exact = target_gradient == "exact"
+    psi = margin(theta if exact else theta.detach())
     if not isinstance(psi, Tensor) or psi.shape != theta.shape:
         got = tuple(psi.shape) if isinstance(psi, Tensor) else type(psi).__name__
         raise ValueError(f"margin must return psi of theta's shape {tuple(theta.shape)}, got {got}")
-    return psi
+    if exact:
+        return psi
+    cos = torch.cos(theta)
+    return psi + cos - cos.detach()

@@ -21,33 +21,32 @@ from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, Request, co
 
 @torch.library.custom_op("expface_kernels::local_labels", mutates_args=())
 def local_labels(labels: Tensor, class_subset: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
-    """Labels (B,) as the op wants them: int64 positions in the subset (or classes), −1 where ignored.
+    """Labels (B,) int64 as the op wants them: positions in the subset (or classes), −1 where ignored.
 
     ValueError for a label or a subset class out of range, and for a label that the subset lacks. On a GPU,
     unless EXPFACE_CHECK_LABELS=1, such a label becomes −2 instead, and its row's loss NaN.
     """
-    values = labels.long()
-    ignored = values == ignore_index
-    # uint64 values past 2^63 turn negative here, so they are out of range like every other stranger.
-    wrong = ~ignored & ((values < 0) | (values >= num_classes))
+    labels = labels.long()
+    ignored = labels == ignore_index
+    wrong = ~ignored & ((labels < 0) | (labels >= num_classes))
     raises = labels.device.type == "cpu" or os.environ.get("EXPFACE_CHECK_LABELS") == "1"
     if raises and bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"labels: expected 0 <= label < {num_classes} or ignore_index={ignore_index}, "
-            f"got {int(values[row])} in row {row}"
+            f"got {int(labels[row])} in row {row}"
         )
-    positions = values
+    positions = labels
     if class_subset is not None:
         if raises:
             _check_subset(class_subset, num_classes)
-        positions = torch.searchsorted(class_subset, values.clamp(0, num_classes - 1))
+        positions = torch.searchsorted(class_subset.contiguous(), labels.clamp(0, num_classes - 1))
         positions = positions.clamp_max(class_subset.shape[0] - 1)
-        missing = ~ignored & ~wrong & (class_subset[positions] != values)
+        missing = ~ignored & ~wrong & (class_subset[positions] != labels)
         if raises and bool(missing.any()):
             row = int(missing.nonzero()[0])
             raise ValueError(
-                f"labels: every counted label must be in class_subset, got {int(values[row])} in row {row}, "
+                f"labels: every counted label must be in class_subset, got {int(labels[row])} in row {row}, "
                 "which is not"
             )
         wrong = wrong | missing

@@ -47,13 +47,16 @@ def pair_angle(x: Tensor, w: Tensor) -> Tensor:
 def cosine_lse(x: Tensor, w: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """(log_l, theta, cosines of the negatives (B, C) with −inf at the target) (eqs. 2 to 4)."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
-    has_target = y >= 0
-    target = y.clamp_min(0)
-    is_target = has_target[:, None] & (torch.arange(w.shape[0], device=y.device) == target[:, None])
-    cos = normalize(x.to(dtype)) @ normalize(w.to(dtype)).T
-    negatives = cos.masked_fill(is_target, -torch.inf)
-    log_l = torch.logsumexp(scale * negatives, dim=1).double()
-    theta = torch.where(has_target, pair_angle(x, w[target]), 0.0)
+    with torch.autocast(x.device.type, enabled=False):
+        # Wide before anything is gathered: autograd sums the gradients of repeated rows in that dtype.
+        x, w = x.to(dtype), w.to(dtype)
+        has_target = y >= 0
+        target = y.clamp_min(0)
+        is_target = has_target[:, None] & (torch.arange(w.shape[0], device=y.device) == target[:, None])
+        cos = normalize(x) @ normalize(w).T
+        negatives = cos.masked_fill(is_target, -torch.inf)
+        log_l = torch.logsumexp(scale * negatives, dim=1).double()
+        theta = torch.where(has_target, pair_angle(x, w[target]), 0.0)
     return log_l, theta, negatives
 
 
@@ -78,12 +81,13 @@ def margin_cross_entropy(
     always holds all its logits, (B, C) in several copies. Assumes valid arguments.
     """
     margin = ExpFace() if margin is None else margin
-    counted = labels.reshape(-1) != ignore_index
-    y = torch.where(counted, labels.reshape(-1).long(), -1)
+    labels = labels.reshape(-1).long()
+    counted = labels != ignore_index
+    y = torch.where(counted, labels, -1)
     embeddings = torch.where(counted[:, None], embeddings, 0.0)  # padding may hold NaN
     if class_subset is not None:
         weight = weight[class_subset]
-        y = torch.where(counted, torch.searchsorted(class_subset, y.clamp_min(0)), -1)
+        y = torch.where(counted, torch.searchsorted(class_subset.contiguous(), y.clamp_min(0)), -1)
 
     log_l, theta, negatives = cosine_lse(embeddings, weight, y, scale)
     psi = target_similarity(margin, theta, target_gradient)

@@ -166,6 +166,7 @@ class CpuBackend:
 
         # A row without negatives has log l = −inf and G = 0, a row of NaN no log l: any finite shift does.
         log2_l = torch.where(torch.isfinite(log_l), log_l, 0.0) * LOG2_E
+        rounded = log2_l.to(dtype)
         live = g_log_l != 0
         g_theta = torch.where(y >= 0, g_theta, 0.0)
         g_max = _nonzero(g_log_l.abs().amax()) if plan.batch else torch.ones(())
@@ -182,13 +183,13 @@ class CpuBackend:
         for i, (start, stop) in enumerate(plan.tiles()):
             w_tile, inv_tile = centres.tile(start, stop), inv[start:stop]
             if stop <= plan.kept:
-                p = e[start:stop]
-                row_factor = torch.where(live, torch.exp2(kept_max[i].double() - log2_l), 0.0)
+                p, shift = e[start:stop], kept_max[i]
             else:
-                p = scratch[: stop - start]
+                p, shift = scratch[: stop - start], rounded
                 torch.mm(w_tile, xn.T, out=p)
-                kernels.backward_tile(p, inv_tile, request.scale, y - start, log2_l.to(dtype))
-                row_factor = live.double()
+                kernels.backward_tile(p, inv_tile, request.scale, y - start, shift)
+            # p holds 2^(exponent − shift)/|w|; in float64 this takes back what rounding did to the shift.
+            row_factor = torch.where(live, torch.exp2(shift.double() - log2_l), 0.0)
             if need_dx:
                 a.addcmul_(torch.mm(p.T, w_tile, out=product), row_factor[:, None])
             if out is not None:

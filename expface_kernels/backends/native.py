@@ -71,7 +71,7 @@ class Kernels:
             threads=self.threads,
         )
 
-    def backward_tile(self, dots: Tensor, inv: Tensor, scale: float, y: Tensor, log2_l: Tensor) -> None:
+    def backward_tile(self, dots: Tensor, inv: Tensor, scale: float, y: Tensor, shift: Tensor) -> None:
         self._backward_tile(
             dots=dots.data_ptr(),
             rows=dots.shape[0],
@@ -79,7 +79,7 @@ class Kernels:
             inv=inv.data_ptr(),
             scale=scale,
             local_labels=y.data_ptr(),
-            log2_l=log2_l.data_ptr(),
+            shift=shift.data_ptr(),
             threads=self.threads,
         )
 

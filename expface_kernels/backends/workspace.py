@@ -6,6 +6,7 @@ to the pool when the last tensor over it dies, never earlier: two forwards befor
 
 from __future__ import annotations
 
+import threading
 import weakref
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64  # bytes; a cache line
-_free: list[np.ndarray] = []  # uint8 buffers that nobody uses
+_free: list[np.ndarray] = []  # uint8 buffers that nobody uses; any thread may append, only _take removes
+_taking = threading.RLock()  # reentrant: a buffer may come back, by garbage collection, inside _take
 
 
 def lend(numel: int, dtype: torch.dtype) -> Tensor:
@@ -29,12 +31,14 @@ def lend(numel: int, dtype: torch.dtype) -> Tensor:
 
 def clear() -> None:
     """Give the memory of all buffers that nobody uses back to the system."""
-    _free.clear()
+    with _taking:
+        _free.clear()
 
 
 def _take(nbytes: int) -> np.ndarray:
-    fitting = [i for i, buffer in enumerate(_free) if buffer.nbytes >= nbytes]
-    if fitting:
-        return _free.pop(min(fitting, key=lambda i: _free[i].nbytes))
-    _free.clear()  # what is free is too small: what replaces it will serve for both
+    with _taking:
+        fitting = [i for i, buffer in enumerate(_free) if buffer.nbytes >= nbytes]
+        if fitting:
+            return _free.pop(min(fitting, key=lambda i: _free[i].nbytes))
+        _free.clear()  # what is free is too small: what replaces it will serve for both
     return np.empty(nbytes, np.uint8)

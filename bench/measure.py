@@ -1,0 +1,88 @@
+"""Seconds of a step: peers take turns round by round, so that whatever else the machine does falls on all."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bench.cases import Inputs
+from bench.peers.base import Step
+
+PAGE_BYTES = 4096
+WARM_UPS = 2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles, in the unit of what went in."""
+
+    median: float
+    first_quartile: float
+    third_quartile: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, first, third)
+
+
+def quietest_run(runs: Sequence[dict[str, list[float]]]) -> int:
+    """The run with the least sum of its peers' medians: the one least disturbed, whomever it favours."""
+    return min(range(len(runs)), key=lambda i: sum(statistics.median(run) for run in runs[i].values()))
+
+
+def turn(names: Sequence[str], round_: int) -> list[str]:
+    """The names in the order of this round: each goes first equally often."""
+    start = round_ % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def touch(gradient: Tensor) -> float:
+    """Sum of one element a page: pages that nobody has written are not real until they are used."""
+    return gradient.reshape(-1)[:: PAGE_BYTES // gradient.element_size()].sum().item()
+
+
+def timed_step(step: Step, inputs: Inputs) -> float:
+    """Seconds to drop the last gradients, go forward and backward and read loss and gradients."""
+    start = time.perf_counter()
+    run_step(step, inputs)
+    return time.perf_counter() - start
+
+
+def run_step(step: Step, inputs: Inputs) -> None:
+    inputs.drop_gradients()
+    step().item()
+    for leaf in (inputs.x, inputs.w):
+        assert leaf.grad is not None, "the step left no gradient"
+        touch(leaf.grad)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def time_run(
+    steps: dict[str, Step], inputs: Inputs, rounds: int, advance: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Seconds of each peer in each of `rounds` rounds; `advance` is called after each step, off the clock."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    with no_garbage_collection():
+        for round_ in range(rounds):
+            for name in turn(list(steps), round_):
+                seconds[name].append(timed_step(steps[name], inputs))
+                advance()
+    return seconds

@@ -1,0 +1,111 @@
+"""What a run found, and its JSON. Seconds and bytes throughout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from bench.cases import Case
+from bench.measure import Spread, quietest_run
+from bench.peers import BASELINE
+
+SCHEMA = 1
+"""Version of the JSON: raised when a field changes its meaning or goes."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How far a peer is from float64 truth."""
+
+    peer: str
+    label: str
+    errors: tuple[float, ...]
+    """Relative errors of loss, dx and dw; empty where the peer raised."""
+    limit: float
+    passed: bool
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of a step beside inputs and gradients; None with the reason (not tried) or the error."""
+
+    peer: str
+    label: str
+    case: Case
+    extra_bytes: int | None
+    why_not: str | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that a table or a comparison of two runs needs."""
+
+    case: Case
+    spin: bool
+    rounds: int
+    gates: tuple[Gate, ...]
+    skipped: dict[str, str]
+    """Peers that cannot run the case, and why."""
+    runs: tuple[dict[str, list[float]], ...]
+    """Of each run: peer -> seconds of each round."""
+    memory: tuple[Memory, ...]
+    machine: dict[str, Any]
+    command: str
+    date: str
+
+    @property
+    def ok(self) -> bool:
+        """All peers were right, and what was to be measured was."""
+        return all(gate.passed for gate in self.gates) and not any(entry.error for entry in self.memory)
+
+    @property
+    def best_run(self) -> int | None:
+        """The run that the headline is read from."""
+        return quietest_run(self.runs) if self.runs else None
+
+    def seconds(self, peer: str, run: int) -> Spread:
+        return Spread.of(self.runs[run][peer])
+
+    def ratio(self, peer: str, run: int) -> float | None:
+        """Median of the baseline over the median of the peer: above 1 the peer is faster."""
+        if BASELINE not in self.runs[run]:
+            return None
+        return self.seconds(BASELINE, run).median / self.seconds(peer, run).median
+
+    def to_json(self) -> str:
+        """The fields, and for readers without this code a summary of the best run."""
+        best = self.best_run
+        summary = {}
+        if best is not None:
+            for peer in self.runs[best]:
+                spread = dataclasses.asdict(self.seconds(peer, best))
+                ratios = [self.ratio(peer, run) for run in range(len(self.runs))]
+                summary[peer] = spread | {
+                    f"times_{BASELINE}": ratios[best],
+                    f"times_{BASELINE}_by_run": ratios,
+                }
+        fields = dataclasses.asdict(self)
+        return json.dumps({"schema": SCHEMA, **fields, "best_run": best, "summary": summary}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Result:
+        """ValueError for text of another schema."""
+        data = json.loads(text)
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"schema: expected {SCHEMA}, got {data.get('schema')!r}")
+        return cls(
+            case=Case(**data["case"]),
+            spin=data["spin"],
+            rounds=data["rounds"],
+            gates=tuple(Gate(**(gate | {"errors": tuple(gate["errors"])})) for gate in data["gates"]),
+            skipped=data["skipped"],
+            runs=tuple(data["runs"]),
+            memory=tuple(Memory(**(entry | {"case": Case(**entry["case"])})) for entry in data["memory"]),
+            machine=data["machine"],
+            command=data["command"],
+            date=data["date"],
+        )

@@ -1,0 +1,34 @@
+"""Fixtures of the whole suite: global state is put back after every test, and tiles can be made small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from expface_kernels.backends import cpu
+from tests.cases import BACKENDS
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One thread, unless a test asks for more: spinning pools on shared cores (xdist) cost 3×."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend in turn."""
+    return request.param
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tiles of 8 classes, so that a small input has many of them; returns the 8."""
+    monkeypatch.setattr(cpu, "TILE_CLASSES", (8, 8))
+    return 8

@@ -1,0 +1,162 @@
+"""The pool of buffers: never one buffer for two tensors, no new memory once a training loop is under way."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from expface_kernels import margin_cross_entropy
+from expface_kernels.backends import workspace as pool
+from tests.cases import batch, leaves
+
+
+@pytest.fixture(autouse=True)
+def _own_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_free", [])  # what earlier tests still hold returns to the other list
+
+
+def _span(tensor: torch.Tensor) -> range:
+    return range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("numel", [0, 1, 7, 1000])
+def test_a_loan_has_the_size_and_dtype_asked_for_and_is_aligned(numel: int, dtype: torch.dtype) -> None:
+    tensor = pool.lend(numel, dtype)
+    assert (tensor.shape, tensor.dtype) == ((numel,), dtype)
+    assert numel == 0 or tensor.data_ptr() % 64 == 0
+    tensor.fill_(1)  # writable to its end
+    assert tensor.sum() == numel
+
+
+def test_two_live_loans_never_overlap() -> None:
+    loans = [pool.lend(numel, torch.float32) for numel in (100, 100, 50, 1000, 1)]
+    del loans[1]
+    loans += [pool.lend(100, torch.float32), pool.lend(10, torch.float64)]
+    for i, tensor in enumerate(loans):
+        for other in loans[:i]:
+            assert not set(_span(tensor)) & set(_span(other))
+
+
+def test_a_buffer_comes_back_when_its_tensor_dies_and_serves_smaller_needs_too() -> None:
+    first = pool.lend(1000, torch.float32)
+    address = first.data_ptr()
+    del first
+    assert pool.lend(900, torch.float32).data_ptr() == address
+    assert pool.lend(500, torch.float64).data_ptr() == address
+
+
+def test_a_view_keeps_its_buffer_from_coming_back() -> None:
+    whole = pool.lend(1000, torch.float32)
+    view = whole[10:20].view(2, 5)
+    address = whole.data_ptr()
+    del whole
+    other = pool.lend(1000, torch.float32)
+    assert other.data_ptr() != address
+    del view
+    assert pool.lend(1000, torch.float32).data_ptr() == address
+
+
+def test_a_tensor_saved_for_the_backward_keeps_its_buffer() -> None:
+    factor = pool.lend(100, torch.float32).fill_(2.0)
+    x = torch.ones(100, requires_grad=True)
+    loss = (x * factor).sum()
+    del factor
+    scribble = pool.lend(100, torch.float32).fill_(-1.0)
+    loss.backward()
+    assert torch.equal(x.grad, torch.full((100,), 2.0))
+    del scribble
+
+
+def test_the_smallest_buffer_that_fits_is_taken() -> None:
+    large, small = pool.lend(10_000, torch.float32), pool.lend(100, torch.float32)
+    small_address, large_address = small.data_ptr(), large.data_ptr()
+    del large, small
+    taken = pool.lend(90, torch.float32)
+    assert taken.data_ptr() == small_address
+    assert pool.lend(9_000, torch.float32).data_ptr() == large_address
+
+
+def test_buffers_too_small_are_given_up_and_clear_gives_up_all() -> None:
+    loan = pool.lend(100, torch.float32)
+    del loan
+    assert len(pool._free) == 1
+    larger = pool.lend(1000, torch.float32)
+    assert not pool._free  # the small one is gone, the large one is lent
+    del larger
+    assert len(pool._free) == 1
+    pool.clear()
+    assert not pool._free
+
+
+@pytest.mark.parametrize("keep", [0, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_loop_stops_asking_for_memory(
+    keep: int, dtype: torch.dtype, small_tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    empty = np.empty
+
+    def counted(nbytes: int, dtype: type) -> np.ndarray:
+        made.append(nbytes)
+        return empty(nbytes, dtype)
+
+    monkeypatch.setattr(pool.np, "empty", counted)
+    x, w, y = batch("random", 16, 100, 8)
+    for step in range(5):
+        if step == 3:
+            made.clear()
+        a, b = leaves(x, w, dtype)
+        margin_cross_entropy(a, b, y, workspace_bytes=keep, backend="cpu").backward()
+    assert made == []
+
+
+def test_two_forwards_before_their_backwards_hold_two_workspaces(small_tiles: int) -> None:
+    x, w, y = batch("random", 16, 100, 8)
+    other, _, labels = batch("random", 16, 100, 8, seed=5)
+    grads = []
+    for together in (False, True):
+        a, b = leaves(x, w)
+        c = other.float().requires_grad_()
+        if together:
+            first = margin_cross_entropy(a, b, y, backend="cpu")
+            second = margin_cross_entropy(c, b, labels, backend="cpu")
+            (first + second).backward()
+        else:
+            margin_cross_entropy(a, b, y, backend="cpu").backward()
+            margin_cross_entropy(c, b, labels, backend="cpu").backward()
+        grads.append((a.grad, c.grad, b.grad))
+    for alone, both in zip(*grads, strict=True):
+        torch.testing.assert_close(both, alone, rtol=1e-6, atol=1e-6 * float(alone.abs().max()))
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert torch.equal(grads[0][1], grads[1][1])
+
+
+def test_threads_may_borrow_at_the_same_time() -> None:
+    failures: list[BaseException] = []
+
+    def borrow(seed: int) -> None:
+        sizes = (1, 10, 100, 1000, 10_000)
+        try:
+            for step in range(20_000):
+                numel = sizes[(step * 7 + seed) % 5]
+                loan = pool.lend(numel, torch.float32)
+                assert loan.shape == (numel,)
+        except BaseException as error:  # reported by the test itself
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads meet inside a call
+    try:
+        threads = [threading.Thread(target=borrow, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from bench import peers
+from bench.cases import DEFAULT, MARGINS, Case
+from bench.gate import check, gate_case, truth
+from tests.test_bench import strange_peers
+
+CASE = Case(rows=16, classes=100, features=32)
+STRANGE = strange_peers.__name__
+
+
+@pytest.mark.parametrize("target_gradient", ["exact", "detached"])
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("name", ["ours", "ours@0", "eager"])
+def test_peers_agree_with_the_truth(name: str, margin: str, target_gradient: str) -> None:
+    inputs = dataclasses.replace(CASE, margin=margin, target_gradient=target_gradient).inputs()
+    gate = check(name, inputs, truth(inputs))
+    assert gate.passed, gate
+    assert len(gate.errors) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_the_limit_is_that_of_the_dtype(dtype: str) -> None:
+    inputs = dataclasses.replace(CASE, dtype=dtype).inputs()
+    gate = check("ours", inputs, truth(inputs))
+    assert gate.passed, gate
+    assert (gate.limit < 1e-9) == (dtype == "float64")
+
+
+def test_the_other_target_gradient_is_wrong_in_both_gradients_and_right_in_the_loss() -> None:
+    exact = CASE.inputs()
+    detached = dataclasses.replace(exact, case=dataclasses.replace(CASE, target_gradient="detached"))
+    gate = check("eager", detached, truth(exact))
+    loss, dx, dw = gate.errors
+    assert not gate.passed
+    assert loss < gate.limit < min(dx, dw)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "reason"),
+    [("SHIFTED", "wrong"), ("WITHOUT_WEIGHT_GRADIENT", "missing"), ("RAISING", "out of order")],
+)
+def test_a_wrong_peer_does_not_pass(attribute: str, reason: str) -> None:
+    inputs = CASE.inputs()
+    gate = check(f"{STRANGE}:{attribute}", inputs, truth(inputs))
+    assert not gate.passed
+    assert gate.reason is not None
+    assert reason in gate.reason
+
+
+def test_the_gate_is_small_and_of_the_same_kind() -> None:
+    case = gate_case(dataclasses.replace(DEFAULT, margin="arcface"))
+    assert case.rows * case.classes < 1e6
+    assert (case.features, case.margin) == (DEFAULT.features, "arcface")
+
+
+def test_peers_have_names_and_labels_with_the_gradient_mode() -> None:
+    for name in [*peers.PEERS, "ours@0", f"{STRANGE}:SHIFTED"]:
+        peer = peers.get(name)
+        assert peer.name == name
+    for name in [*peers.PEERS, "ours@0"]:
+        assert "exact" in peers.get(name).label(CASE)
+
+
+def test_a_peer_says_what_it_would_need() -> None:
+    huge = Case(rows=1000, classes=10**12, features=4)
+    for name in [*peers.PEERS, "ours@0"]:
+        reason = peers.get(name).why_not(huge)
+        assert reason is not None
+        assert "GB" in reason
+        assert peers.get(name).why_not(CASE) is None

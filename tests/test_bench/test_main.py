@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import TOY_ROUNDS, main
+from bench.cases import TOY
+from bench.result import Result
+from tests.test_bench import strange_peers
+
+STRANGE = strange_peers.__name__
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _main(*argv: str) -> int:
+    """The exit code, whether it is returned or argparse's."""
+    try:
+        return main(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--peers", "nobody"], "nobody"),
+        (["--peers", "ours@many"], "ours@many"),
+        (["--peers", "no.such.module:PEER"], "no.such.module"),
+        (["--peers", f"{STRANGE}:NOTHING"], "NOTHING"),
+        (["--peers", f"{STRANGE}:UNABLE"], "it is Sunday"),
+        (["--rows", "0"], "rows"),
+        (["--classes", "-3"], "classes"),
+        (["--features", "0"], "features"),
+        (["--rows", "many"], "rows"),
+        (["--scale", "0"], "scale"),
+        (["--scale", "nan"], "scale"),
+        (["--margin", "none"], "margin"),
+        (["--target-gradient", "both"], "target-gradient"),
+        (["--rounds", "0"], "rounds"),
+        (["--runs", "0"], "runs"),
+        (["--workspace-bytes", "-1"], "workspace-bytes"),
+        (["--memory-classes", "0"], "classes"),
+        (["--memory-classes", str(10**13)], "fit"),
+        (["--classes", str(10**13)], "fit"),
+        (["--json", "no/such/directory/x.json"], "no/such/directory"),
+        (["--unknown"], "unknown"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it_and_exit_code_2(
+    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main("--toy", *argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("bench: ")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+def test_a_wrong_peer_is_not_measured_and_the_exit_code_is_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong, path = f"{STRANGE}:SHIFTED", tmp_path / "result.json"
+    assert _main("--toy", "--peers", "ours", wrong, "--json", str(path)) == 1
+    result = Result.from_json(path.read_text())
+    assert {gate.peer: gate.passed for gate in result.gates} == {"ours": True, wrong: False}
+    assert set(result.runs[0]) == {"ours"}
+    assert {entry.peer for entry in result.memory} == {"ours"}
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_options_reach_the_result(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    argv = ["--rows", "4", "--classes", "30", "--features", "8", "--margin", "arcface", "--scale", "16"]
+    argv += ["--target-gradient", "detached", "--rounds", "2", "--runs", "2", "--workspace-bytes", "64"]
+    argv += ["--peers", "ours", "eager", "--no-memory", "--spin", "--json", str(path)]
+    assert _main("--toy", *argv) == 0
+    result = Result.from_json(path.read_text())
+    case = result.case
+    assert (case.rows, case.classes, case.features) == (4, 30, 8)
+    assert (case.margin, case.scale, case.target_gradient) == ("arcface", 16, "detached")
+    assert [{peer: len(seconds) for peer, seconds in run.items()} for run in result.runs] == [
+        {"ours@64": 2, "eager": 2}
+    ] * 2
+    assert result.spin
+    assert result.memory == ()
+
+
+def test_the_toy_command_runs_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "toy.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--toy", "--json", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = Result.from_json(path.read_text())
+    assert result.case == TOY
+    assert [gate.peer for gate in result.gates] == ["ours", "eager", "compiled"]
+    assert {len(seconds) for seconds in result.runs[0].values()} == {TOY_ROUNDS}
+    assert "Peak extra memory" in done.stdout

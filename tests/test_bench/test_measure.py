@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import measure, spin
+from bench.cases import Case
+from bench.measure import Spread, quietest_run, time_run, touch, turn
+
+INPUTS = Case(rows=2, classes=3, features=2).inputs()
+
+
+def test_spread_of_one_two_and_many_values() -> None:
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+    assert Spread.of([1.0, 3.0]) == Spread(2.0, 1.5, 2.5)
+    assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3.0, 2.0, 4.0)
+
+
+def test_one_outlier_does_not_move_the_median() -> None:
+    assert Spread.of([1.0] * 8 + [1000.0]).median == 1.0
+
+
+def test_the_quietest_run_has_the_least_sum_of_medians_whatever_the_ratio() -> None:
+    noisy, quiet = {"a": [1.0, 1.0], "b": [9.0, 9.0]}, {"a": [2.0, 2.0], "b": [3.0, 3.0]}
+    assert quietest_run([noisy, quiet]) == 1
+    assert quietest_run([quiet, noisy]) == 0
+
+
+def test_every_peer_takes_every_turn_equally_often() -> None:
+    names = ["a", "b", "c"]
+    orders = [turn(names, round_) for round_ in range(9)]
+    for position in range(3):
+        assert sorted(order[position] for order in orders) == sorted(names * 3)
+
+
+def test_touch_reads_each_page_of_a_gradient_of_any_layout() -> None:
+    elements = measure.PAGE_BYTES // 4
+    gradient = torch.zeros(5, elements)
+    gradient[:, 0] = 1
+    assert touch(gradient) == 5
+    assert touch(torch.ones(elements, 2).T) == 2
+
+
+def test_a_run_interleaves_drops_gradients_and_has_no_garbage_collection() -> None:
+    order: list[str] = []
+
+    def step_of(name: str) -> measure.Step:
+        def step() -> Tensor:
+            assert INPUTS.x.grad is None
+            assert INPUTS.w.grad is None
+            assert not gc.isenabled()
+            order.append(name)
+            loss = (INPUTS.x.sum() + INPUTS.w.sum()) * 1
+            loss.backward()
+            return loss
+
+        return step
+
+    advanced: list[None] = []
+    seconds = time_run({"a": step_of("a"), "b": step_of("b")}, INPUTS, 3, lambda: advanced.append(None))
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert len(advanced) == 6
+    assert gc.isenabled()
+
+
+def test_a_step_without_a_gradient_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="no gradient"):
+        measure.run_step(lambda: torch.zeros(()), INPUTS)
+
+
+def test_the_spinning_process_is_gone_afterwards_even_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen] = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    monkeypatch.setattr(spin.subprocess, "Popen", Recorded)
+    with spin.spinning(True):
+        assert started[0].poll() is None
+    assert started[0].poll() is not None
+
+    with pytest.raises(KeyboardInterrupt), spin.spinning(True):
+        raise KeyboardInterrupt
+    assert started[1].poll() is not None
+
+    with spin.spinning(False):
+        assert len(started) == 2
+
+
+def test_the_spinning_process_ends_when_its_parent_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT, spin._LOOP], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    parent.kill()
+    parent.wait()
+    # The pipe closes when its last writer, the spinning process, is gone.
+    start = time.monotonic()
+    parent.stdout.read()
+    parent.stdout.close()
+    assert time.monotonic() - start < 30
+
+
+_PARENT = """
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())])
+print("started", flush=True)
+time.sleep(60)
+"""

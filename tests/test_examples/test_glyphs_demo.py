@@ -1,0 +1,199 @@
+"""The demo end to end at toy size, its errors, and the demand on quality."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from examples.glyphs import demo, pictures
+from examples.glyphs.augment import augment
+from examples.glyphs.head_timing import EagerHead, Size, extra_bytes
+from examples.glyphs.model import EMBEDDING_SIZE, embed, make_net
+from examples.glyphs.training import Recipe, TrainingError, learning_rate, train
+from examples.glyphs.verification import Scores, Verification
+from expface_kernels import ExpFace, MarginSoftmaxHead
+from expface_kernels.reference import margin_cross_entropy
+
+
+def test_toy_demo_prints_its_figures_and_writes_its_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.main(["--toy", "--losses", "expface", "normface", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("A toy: some seconds", "epoch 1 of 1: loss", "TAR@1e-4", "rank-1", "NormFace()", "eager"):
+        assert words in printed
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "training.png",
+        "roc.png",
+        "cosines.png",
+        "nearest_expface.png",
+        "nearest_normface.png",
+    }
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_unknown_loss_is_named_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(["--losses", "expface", "softface"])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "softface" in message
+    assert "sphereface" in message
+
+
+def test_missing_data_ends_the_demo_with_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--toy", "--data", str(tmp_path / "none.npz")]) == 1
+    assert "none.npz does not exist" in capsys.readouterr().err
+
+
+def _run(tar: float, rank1: float) -> demo.Run:
+    """A run that verified with the given figures; nothing else of it is looked at."""
+    scores = Scores(np.zeros(1, np.float32), np.zeros(1, np.float32))
+    result = Verification(scores, {1e-2: 1.0, 1e-3: tar, 1e-4: 0.0}, 1.0, rank1, {})
+    return demo.Run([], pictures.Curve(1), result, torch.empty(0))
+
+
+@pytest.mark.parametrize(
+    ("tar", "rank1", "status", "words"),
+    [
+        (0.74, 0.83, 0, ""),
+        (0.7399, 0.95, 1, "TAR@FAR 1e-3 0.740, expected at least 0.74"),
+        (0.95, 0.829, 1, "rank-1 0.829, expected at least 0.83"),
+    ],
+)
+def test_quality_is_demanded_of_expface(
+    tar: float, rank1: float, status: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.quality_status({"expface": _run(tar, rank1)}, Recipe()) == status
+    assert words in capsys.readouterr().err
+
+
+def test_a_poor_model_ends_the_demo_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = demo.make_plan
+    # the toy's sizes, but held to the full demo's quality
+    monkeypatch.setattr(demo, "make_plan", lambda options: replace(plan(options), demanding=True))
+    monkeypatch.setattr(demo, "measure", lambda size: {})  # timing is another test's
+    assert demo.main(["--toy", "--out", str(tmp_path)]) == 1
+    assert "error: expface missed its quality after 1 epoch" in capsys.readouterr().err
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """(96, 1, 32, 32) uint8: six classes, each a bright square in its own place."""
+    x = torch.zeros((96, 1, 32, 32), dtype=torch.uint8)
+    for i in range(96):
+        row, column = divmod(i % 6, 3)
+        x[i, 0, 4 + 14 * row : 14 + 14 * row, 1 + 10 * column : 11 + 10 * column] = 255
+    return x
+
+
+def _train(images: torch.Tensor, recipe: Recipe) -> Iterator[tuple[float, float]]:
+    net = make_net(0)
+    head = MarginSoftmaxHead(EMBEDDING_SIZE, 6, ExpFace(), scale=32.0, backend="cpu")
+    for record in train(net, head, images, torch.arange(96) % 6, recipe):
+        yield record.loss, record.target_angle
+
+
+def test_training_learns_and_repeats_itself(images: torch.Tensor) -> None:
+    recipe = Recipe(epochs=4, batch=32, seed=5)
+    first, second = list(_train(images, recipe)), list(_train(images, recipe))
+    assert len(first) == 4
+    assert first[-1][0] < 0.5 * first[0][0]
+    assert first[-1][1] < first[0][1]
+    np.testing.assert_allclose(first, second, rtol=1e-3)
+
+
+def test_training_reports_every_step(images: torch.Tensor) -> None:
+    net, head = make_net(0), MarginSoftmaxHead(EMBEDDING_SIZE, 6, ExpFace(), scale=32.0, backend="cpu")
+    steps = []
+    list(train(net, head, images, torch.arange(96) % 6, Recipe(epochs=2, batch=40), steps.append))
+    assert [(step.epoch, step.number, step.of) for step in steps] == [
+        (1, 1, 4),
+        (1, 2, 4),
+        (2, 3, 4),
+        (2, 4, 4),
+    ]
+    assert len(set(steps[0].rows.tolist() + steps[1].rows.tolist())) == 80  # no image twice in an epoch
+
+
+def test_training_refuses_less_than_a_batch(images: torch.Tensor) -> None:
+    with pytest.raises(TrainingError, match="expected at least one batch of 256, got 96"):
+        next(_train(images, Recipe()))
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    rates = [learning_rate(step, 1368, Recipe()) for step in range(1368)]
+    assert rates[0] == pytest.approx(0.07 / 137)
+    assert rates[136] == pytest.approx(0.07)
+    assert rates[137] == pytest.approx(0.07)
+    assert rates[752] == pytest.approx(0.035, abs=1e-4)
+    assert 0 < rates[-1] < 1e-6
+
+
+def test_augmentation_keeps_glyphs_recognisable_and_changes_each() -> None:
+    x = torch.zeros((4, 1, 32, 32))
+    x[:, :, 8:24, 14:18] = 1
+    generator = torch.Generator().manual_seed(0)
+    first = augment(x, generator)
+    assert first.shape == x.shape
+    assert not torch.equal(first[0], first[1])
+    assert first[:, :, 12:20, 15:17].mean() > 0.4  # the bar is still there
+    assert first[:, :, :, :4].abs().mean() < 0.2  # and not all over the place
+
+
+def test_net_has_the_published_size_and_embeds_to_unit_length() -> None:
+    net = make_net(1)
+    assert sum(parameter.numel() for parameter in net.parameters()) == 360_048
+    e = embed(net, torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8))
+    assert e.shape == (5, 3, 128)
+    torch.testing.assert_close(e.norm(dim=-1), torch.ones(5, 3))
+    assert net.training
+
+
+def test_same_seed_makes_the_same_net_and_leaves_the_global_generator_alone() -> None:
+    state = torch.random.get_rng_state()
+    a, b, other = make_net(1), make_net(1), make_net(2)
+    assert torch.equal(a.embed.weight, b.embed.weight)
+    assert not torch.equal(a.embed.weight, other.embed.weight)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_eager_head_is_the_same_loss() -> None:
+    torch.manual_seed(0)
+    head = EagerHead(features=16, classes=50)
+    x = torch.randn(8, 16, requires_grad=True)
+    y = torch.randint(50, (8,))
+    expected = margin_cross_entropy(x, head.weight, y, ExpFace(), scale=32.0, target_gradient="detached")
+    assert isinstance(expected, torch.Tensor)
+    torch.testing.assert_close(head(x, y), expected, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(head(x, y), (x, head.weight))
+    theirs = torch.autograd.grad(expected, (x, head.weight))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from Linux's /proc")
+def test_extra_memory_of_the_eager_head_is_its_logits() -> None:
+    size = Size(rows=512, classes=20_000, features=8)
+    logits = size.rows * size.classes * 4
+    extra = extra_bytes("eager", size)
+    assert extra is not None
+    assert 2 * logits < extra < 12 * logits
+
+
+def test_nearest_glyphs_are_sorted_and_in_other_fonts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    e = torch.nn.functional.normalize(torch.randn((20, 4, 8), generator=generator), dim=-1)
+    rows = pictures.nearest_glyphs(e, queries=8, nearest=5)
+    assert {row.query[1] for row in rows} == {0, 1, 2, 3}
+    for row in rows:
+        assert row.cosines == sorted(row.cosines, reverse=True)
+        for place, cosine in zip(row.found, row.cosines, strict=True):
+            assert place[1] != row.query[1]
+            assert cosine == pytest.approx(float(e[row.query] @ e[place]), abs=1e-5)
