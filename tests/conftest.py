@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from expface_kernels.backends import cpu
-from tests.cases import BACKENDS
+from expface_kernels.backends.triton import plan
+from tests.cases import BACKENDS, INTERPRETED
+from tests.interpreter import patch_once_a_launch
+
+if INTERPRETED:
+    patch_once_a_launch()
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +34,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tiles of 8 classes, so that a small input has many of them; returns the 8."""
+    """Tiles of 8 classes, so that a small input has many of them (triton: chunks of 128); returns the 8."""
     monkeypatch.setattr(cpu, "TILE_CLASSES", (8, 8))
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 0)
     return 8
