@@ -72,6 +72,7 @@ class ForwardCall(Call):
                 class_begin=start,
                 class_end=stop,
                 tile_begin=first,
+                NORMS=plan.norms_in_tile,
                 MAXIMA=self.maxima,
                 HARDEST=request.find_hardest,
                 KEEP=keep,
@@ -129,6 +130,7 @@ class ForwardCall(Call):
                     class_begin=start,
                     class_end=stop,
                     chunk=stop - start,
+                    NORMS=plan.norms_in_tile,
                     **centres,
                     **self.product(),
                 )

@@ -81,7 +81,7 @@ def forward_tile(
     p_y,  # (B_pad,) int32, −1 in padding
     p_w,
     p_index,
-    p_inv,  # (C,): written by the first row block; read if SHIFTED
+    p_inv,  # (C,): written by the first row block if NORMS, else read
     p_shift,
     p_sum,  # (tiles, B_pad)
     p_max,  # (tiles, B_pad), if MAXIMA or HARDEST
@@ -101,6 +101,7 @@ def forward_tile(
     PRECISION: tl.constexpr,
     INDEXED: tl.constexpr,
     SHIFTED: tl.constexpr,
+    NORMS: tl.constexpr,
     MAXIMA: tl.constexpr,
     HARDEST: tl.constexpr,
     KEEP: tl.constexpr,
@@ -127,10 +128,10 @@ def forward_tile(
         b_w = _load_centres(p_w_rows, o_d, stride_wd, D, BK)
         b_w = _operand(b_w, b_shift, p_x.dtype.element_ty, SHIFTED)
         b_acc = _dot(b_x, tl.trans(b_w), b_acc, PRECISION)
-        if not SHIFTED:
+        if NORMS:
             # The norms come from the same loads: a pass of their own would read all of w once more.
             b_squares += b_w.to(tl.float32) * b_w.to(tl.float32)
-    if SHIFTED:
+    if not NORMS:
         b_inv = tl.load(p_inv + i_safe)
     else:
         b_inv = _signed_inverse(tl.sum(b_squares, 1))
@@ -346,6 +347,7 @@ def cosine_tile(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
     SHIFTED: tl.constexpr,
+    NORMS: tl.constexpr,
 ):
     """Cosines of a chunk of classes, float32, for topk."""
     i_block = tl.program_id(0) % (B_pad // BM)
@@ -363,9 +365,9 @@ def cosine_tile(
         b_w = _load_centres(p_w_rows, o_d, stride_wd, D, BK)
         b_w = _operand(b_w, b_shift, p_x.dtype.element_ty, SHIFTED)
         b_acc = _dot(b_x, tl.trans(b_w), b_acc, PRECISION)
-        if not SHIFTED:
+        if NORMS:
             b_squares += b_w.to(tl.float32) * b_w.to(tl.float32)
-    b_inv = tl.load(p_inv + i_safe) if SHIFTED else _signed_inverse(tl.sum(b_squares, 1))
+    b_inv = _signed_inverse(tl.sum(b_squares, 1)) if NORMS else tl.load(p_inv + i_safe)
     b_cos = b_acc * tl.load(p_row_scale + i_rows)[:, None] * tl.abs(b_inv)[None, :]
     m_tile = (i_rows < B)[:, None] & (class_begin + i_local < class_end)[None, :]
     tl.store(p_cos + i_rows.to(tl.int64)[:, None] * chunk + i_local[None, :], b_cos, mask=m_tile)

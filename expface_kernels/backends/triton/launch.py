@@ -83,10 +83,10 @@ class Call:
         else:
             inv, shift = workspace[: plan.classes_pad], workspace[plan.classes_pad :]
             e = self.empty((0, plan.rows_pad), plan.product)
-        if plan.shifted:
+        if not plan.norms_in_tile:
             self.launch_operands(
                 self.w, shift, inv, shift, plan.classes,
-                UNIT=False, SHIFT=True, INDEXED=self.subset is not None, STORE=False, SIGNED=True,
+                UNIT=False, SHIFT=plan.shifted, INDEXED=self.subset is not None, STORE=False, SIGNED=True,
             )  # fmt: skip
         return inv, shift, e
 
