@@ -23,8 +23,8 @@ $(VENV)/.installed: $(SOURCES)
 demo: $(VENV)/.installed  ## train on glyphs, verify unseen ones, time the head (under 5 minutes)
 	$(PY) -m examples.glyphs.demo --out $(OUT)
 
-test: $(VENV)/.installed  ## all tests
-	$(PY) -m pytest
+test: $(VENV)/.installed  ## all tests, one worker a core (each takes one thread)
+	$(PY) -m pytest -n 2
 
 # The backend tests run over the triton backend alone where TRITON_INTERPRET is set.
 TRITON_TESTS := tests/test_backends/test_backends.py $(wildcard tests/test_backends/test_triton*.py)

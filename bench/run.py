@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.progress import Progress
 
 from bench import machine, memory, peers
-from bench.cases import Case
+from bench.cases import LARGEST_WITH_LOGITS, Case
 from bench.gate import check, gate_case, truth
 from bench.measure import WARM_UPS, run_step, time_run
 from bench.result import Gate, Memory, Result
@@ -82,7 +82,12 @@ def _time(plan: Plan, names: list[str], progress: Progress) -> tuple[dict[str, l
 
 
 def _memory(plan: Plan, wrong: set[str], progress: Progress) -> tuple[Memory, ...]:
-    pairs = [(name, case) for case in plan.memory_cases for name in plan.memory_peers if name not in wrong]
+    pairs = [
+        (name, case)
+        for case in plan.memory_cases
+        for name in plan.memory_peers
+        if name not in wrong and (case.classes <= LARGEST_WITH_LOGITS or name.startswith("ours"))
+    ]
     advance = _task(progress, "memory", len(pairs))
     entries = []
     for name, case in pairs:

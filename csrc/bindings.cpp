@@ -59,7 +59,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &expface::instruction_sets, "Kernels that this machine can run.");
   m.def("use_instruction_set", &expface::use_instruction_set, py::arg("name"), "Choose kernels by name.");
   m.def("thread_runtime", &expface::thread_runtime, "Whose threads the kernels run on.");
-  m.def("advise_huge_pages",
-        [](uintptr_t address, int64_t bytes) { expface::advise_huge_pages(at<void>(address), bytes); },
-        py::arg("address"), py::arg("bytes"), "Ask for huge pages behind a fresh buffer.");
 }

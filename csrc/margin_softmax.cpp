@@ -8,10 +8,6 @@
 #include "parallel.h"
 #include "simd/kernels.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace expface {
 namespace {
 
@@ -157,15 +153,6 @@ void use_instruction_set(const std::string& name) {
       return;
     }
   throw std::invalid_argument("instruction set must be one of instruction_sets(), got '" + name + "'");
-}
-
-void advise_huge_pages([[maybe_unused]] void* address, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t PAGE = 2u << 20;  // only whole huge pages inside the buffer are asked for
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(address) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t stop = (reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
-  if (start < stop) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace expface

@@ -40,7 +40,4 @@ std::vector<std::string> instruction_sets();
 void use_instruction_set(const std::string& name);
 
 
-// Asks for huge pages behind [address, address + bytes): a fresh gradient then costs a page fault each 2 MB.
-void advise_huge_pages(void* address, int64_t bytes);
-
 }  // namespace expface

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from expface_kernels.backends import cpu
+from expface_kernels.backends import cpu, workspace
 from expface_kernels.backends.triton import plan
 from tests.cases import BACKENDS, INTERPRETED
 from tests.interpreter import patch_once_a_launch
@@ -24,6 +24,13 @@ def _one_thread() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _lent_memory_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers that the pool lends hold NaN, not by chance the right values of an earlier step."""
+    lend = workspace.lend
+    monkeypatch.setattr(workspace, "lend", lambda numel, dtype: lend(numel, dtype).fill_(torch.nan))
 
 
 @pytest.fixture(params=BACKENDS)

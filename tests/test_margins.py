@@ -19,8 +19,8 @@ from tests.cases import MARGINS, TARGET_GRADIENTS
 from tests.tolerances import assert_close
 
 PI = math.pi
-# Both ends, the middle, next to both ends, and past π − m of every ArcFace here.
-ANGLES = (0.0, 1e-4, 0.3, 1.0, PI / 2, 2.0, 2.6, 3.0, PI - 1e-4, PI)
+# Both ends, the middle, next to both ends, and close to both sides of where ArcFace(0.5) changes its rule.
+ANGLES = (0.0, 1e-4, 0.3, 1.0, 1.57, PI / 2, 2.0, 2.64, 2.65, 3.0, PI - 1e-4, PI)
 
 
 def sphere(theta: float, m: float) -> float:
@@ -325,7 +325,7 @@ def test_a_margin_without_a_call_says_what_is_missing() -> None:
     [
         (lambda theta: theta.sum(), "()"),
         (lambda theta: theta[:1], "(1,)"),
-        (lambda theta: theta[:, None], "(10, 1)"),
+        (lambda theta: theta[:, None], f"({len(ANGLES)}, 1)"),
         (lambda theta: 0.5, "float"),
         (lambda theta: None, "NoneType"),
     ],
@@ -334,6 +334,6 @@ def test_a_margin_without_a_call_says_what_is_missing() -> None:
 def test_a_margin_that_returns_another_shape_raises(
     wrong: MarginFunction, came: str, target_gradient: str
 ) -> None:
-    text = f"margin must return psi of theta's shape (10,), got {came}"
+    text = f"margin must return psi of theta's shape ({len(ANGLES)},), got {came}"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         target_similarity(wrong, angles(), target_gradient)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from expface_kernels.backends import workspace as pool
 from expface_kernels.backends.base import Forward, Pairs, Request, compute_dtype, norms_and_units
-from expface_kernels.backends.native import Kernels, advise_huge_pages, load_error
+from expface_kernels.backends.native import Kernels, load_error
 from expface_kernels.reference import NORM_EPS
 
 LOG2_E = math.log2(math.e)
@@ -295,8 +295,8 @@ class _WeightGradient:
         self.tangent_classes, self.tangents = tangents
         self.direct = class_subset is None and w.dtype == dtype
         if class_subset is None:
-            self.dw = torch.empty(w.shape, dtype=w.dtype)
-            advise_huge_pages(self.dw)
+            # From the pool: the page faults of a fresh 205 MB buffer cost a twentieth of a step.
+            self.dw = pool.lend(w.numel(), w.dtype).view(w.shape)
         else:
             self.dw = torch.zeros(w.shape, dtype=w.dtype)
         rows = 0 if self.direct else min(tile, w.shape[0])
@@ -310,7 +310,9 @@ class _WeightGradient:
         """Subtract the targets' tangents, after the projection (they are tangent already), and store."""
         tile = self.tile(start, stop)
         first, last = torch.searchsorted(self.tangent_classes, torch.tensor([start, stop])).tolist()
-        tile[self.tangent_classes[first:last] - start] -= self.tangents[first:last].to(tile.dtype)
+        if first < last:
+            rows = self.tangent_classes[first:last] - start
+            tile.index_add_(0, rows, self.tangents[first:last].to(tile.dtype), alpha=-1)
         if self.class_subset is not None:
             self.dw[self.class_subset[start:stop]] = tile.to(self.dw.dtype)
         elif not self.direct:

@@ -28,11 +28,6 @@ def load_error() -> str | None:
     return None
 
 
-def advise_huge_pages(tensor: Tensor) -> None:
-    """Ask for huge pages behind a fresh tensor: its first touch costs a quarter of the page faults' time."""
-    _load().advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-
-
 class Kernels:
     """The extension's functions for one compute dtype, on contiguous CPU tensors of that dtype."""
 

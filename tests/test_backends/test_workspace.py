@@ -115,6 +115,22 @@ def test_a_training_loop_stops_asking_for_memory(
     assert made == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_are_kept_survive_later_steps(dtype: torch.dtype, small_tiles: int) -> None:
+    x, w, y = batch("random", 16, 100, 8)
+    kept = []
+    for _ in range(3):
+        a, b = leaves(x, w, dtype)
+        margin_cross_entropy(a, b, y, backend="cpu").backward()
+        kept.append((b.grad, b.grad.clone(), b.grad.detach()[3:5], b.grad[3:5].clone()))
+        b.grad = None
+        a, b = leaves(-x, w, dtype)
+        margin_cross_entropy(a, b, y, backend="cpu").backward()
+    for whole, whole_then, part, part_then in kept:
+        assert torch.equal(whole, whole_then)
+        assert torch.equal(part, part_then)
+
+
 def test_two_forwards_before_their_backwards_hold_two_workspaces(small_tiles: int) -> None:
     x, w, y = batch("random", 16, 100, 8)
     other, _, labels = batch("random", 16, 100, 8, seed=5)
