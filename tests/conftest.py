@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,22 @@ def _lent_memory_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers that the pool lends hold NaN, not by chance the right values of an earlier step."""
     lend = workspace.lend
     monkeypatch.setattr(workspace, "lend", lambda numel, dtype: lend(numel, dtype).fill_(torch.nan))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_of_kernels_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for what the triton backend allocates: integers hold a number that is no index."""
+    if not INTERPRETED:
+        return
+    from expface_kernels.backends.triton.launch import Call
+
+    empty = Call.empty
+
+    def filled(self: Call, *args: Any) -> torch.Tensor:
+        made = empty(self, *args)
+        return made.fill_(torch.nan if made.is_floating_point() else -(2**30))
+
+    monkeypatch.setattr(Call, "empty", filled)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -69,7 +69,7 @@ class Call:
         scaled = not unit and self.x.dtype != torch.float16
         # A stored float16 is taken as it is; anything wider, scaled by a power of two, loses nothing.
         self.launch_operands(
-            self.x, operand, inv, shift, plan.rows_pad,
+            self.x, operand, inv, shift, plan.rows, plan.rows_pad,
             UNIT=unit, SHIFT=scaled, INDEXED=False, STORE=True, SIGNED=False,
         )  # fmt: skip
         labels = self.padded(self.y.int(), -1)
@@ -85,13 +85,13 @@ class Call:
             e = self.empty((0, plan.rows_pad), plan.product)
         if not plan.norms_in_tile:
             self.launch_operands(
-                self.w, shift, inv, shift, plan.classes,
+                self.w, shift, inv, shift, plan.classes, plan.classes,
                 UNIT=False, SHIFT=plan.shifted, INDEXED=self.subset is not None, STORE=False, SIGNED=True,
             )  # fmt: skip
         return inv, shift, e
 
     def launch_operands(
-        self, v: Tensor, out: Tensor, inv: Tensor, shift: Tensor, rows_pad: int, **constants: bool
+        self, v: Tensor, out: Tensor, inv: Tensor, shift: Tensor, rows: int, rows_pad: int, **constants: bool
     ) -> None:
         blocks = self.row_blocks()
         launch(
@@ -103,7 +103,7 @@ class Call:
             p_out=out,
             p_inv=inv,
             p_shift=shift,
-            rows=self.classes if v is self.w else v.shape[0],
+            rows=rows,
             rows_pad=rows_pad,
             stride=v.stride(0),
             stride_d=v.stride(1),
