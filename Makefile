@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck format bench bench-toy clean
+.PHONY: help demo test test-triton test-gpu test-triton36 audit lint typecheck format bench bench-toy clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14
@@ -25,6 +25,25 @@ demo: $(VENV)/.installed  ## train on glyphs, verify unseen ones, time the head 
 
 test: $(VENV)/.installed  ## all tests, one worker a core (each takes one thread)
 	$(PY) -m pytest -n 2
+
+# The backend tests run over the triton backend alone where TRITON_INTERPRET is set.
+TRITON_TESTS := tests/test_backends/test_backends.py $(wildcard tests/test_backends/test_triton*.py)
+test-triton: $(VENV)/.installed  ## the triton backend in its interpreter, on the CPU (under 150 s on 2 cores)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --disable-warnings $(TRITON_TESTS)
+
+test-gpu: $(VENV)/.installed  ## the triton backend's own tests on this machine's GPU
+	$(PY) -m pytest tests/test_backends/test_triton*.py
+
+# numpy 2.4 takes no one-element array for an int, which 3.6's interpreter hands to range().
+VENV36 := .venv-triton36
+test-triton36: $(VENV)/.installed  ## the same with the oldest Triton we promise, in an environment of its own
+	test -x $(VENV36)/bin/python || $(PYTHON) -m venv $(VENV36)
+	$(VENV36)/bin/python -m pip install -q -c constraints.txt torch setuptools pybind11 pytest pytest-xdist
+	$(VENV36)/bin/python -m pip install -q 'triton==3.6.*' 'numpy<2.4'
+	TRITON_INTERPRET=1 $(VENV36)/bin/python -m pytest -n 2 --disable-warnings $(TRITON_TESTS)
+
+audit: $(VENV)/.installed  ## compile the GPU kernels without a GPU: registers, shared memory, spills
+	$(PY) -m expface_kernels.backends.triton.audit
 
 lint: $(VENV)/.installed  ## ruff: rules and formatting
 	$(PY) -m ruff check .

@@ -113,7 +113,7 @@ def _(
     rows, classes = x.shape[0], (w if class_subset is None else class_subset).shape[0]
     dtype = compute_dtype(x, w)
     request = Request(1.0, keep, workspace_bytes, find_hardest, product_dtype)  # no size depends on s
-    numel = backends.op_backend(backend).workspace_numel(rows, classes, dtype, request) if keep else 0
+    numel = backends.op_backend(backend).workspace_numel(x, w, classes, request) if keep else 0
     found = rows if find_hardest else 0
     return (
         x.new_empty(rows, dtype=torch.float64),

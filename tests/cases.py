@@ -14,10 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expface_kernels import ArcFace, CombinedMargin, CosFace, ExpFace, NormFace, SphereFace, reference
+from expface_kernels.backends import triton
 from expface_kernels.margins import MarginFunction, target_similarity
 
+# Triton's interpreter takes CPU tensors, slowly; `make test-triton` sets TRITON_INTERPRET=1, and then the
+# tests of every backend run over its backend alone.
+INTERPRETED = triton.interpreted()
 # The backends that the tests of every backend run over; a new one joins by its name.
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("triton",) if INTERPRETED else ("reference", "cpu")
+
+# Where the triton backend's own tests put their tensors.
+TRITON_DEVICE = "cpu" if INTERPRETED else "cuda"
 
 # Every margin, with its default and a second parameter, ArcFace in each boundary.
 MARGINS: tuple[MarginFunction, ...] = (

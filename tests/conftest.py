@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from expface_kernels.backends import cpu, workspace
-from tests.cases import BACKENDS
+from expface_kernels.backends.triton import plan
+from tests.cases import BACKENDS, INTERPRETED
+from tests.interpreter import patch_once_a_launch
+
+if INTERPRETED:
+    patch_once_a_launch()
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +34,22 @@ def _lent_memory_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace, "lend", lambda numel, dtype: lend(numel, dtype).fill_(torch.nan))
 
 
+@pytest.fixture(autouse=True)
+def _fresh_memory_of_kernels_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for what the triton backend allocates: integers hold a number that is no index."""
+    if not INTERPRETED:
+        return
+    from expface_kernels.backends.triton.launch import Call
+
+    empty = Call.empty
+
+    def filled(self: Call, *args: Any) -> torch.Tensor:
+        made = empty(self, *args)
+        return made.fill_(torch.nan if made.is_floating_point() else -(2**30))
+
+    monkeypatch.setattr(Call, "empty", filled)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend in turn."""
@@ -36,6 +58,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tiles of 8 classes, so that a small input has many of them; returns the 8."""
+    """Tiles of 8 classes, so that a small input has many of them (triton: chunks of 128); returns the 8."""
     monkeypatch.setattr(cpu, "TILE_CLASSES", (8, 8))
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 0)
     return 8

@@ -12,22 +12,21 @@ from torch import Tensor
 from expface_kernels.backends.base import Backend, OpBackend
 from expface_kernels.backends.cpu import CpuBackend
 from expface_kernels.backends.reference import ReferenceBackend
+from expface_kernels.backends.triton import TritonBackend
 
 REFERENCE = ReferenceBackend()
-_OP_BACKENDS: dict[str, OpBackend] = {"cpu": CpuBackend()}
+_OP_BACKENDS: dict[str, OpBackend] = {"cpu": CpuBackend(), "triton": TritonBackend()}
 _BACKENDS: dict[str, Backend] = {"reference": REFERENCE, **_OP_BACKENDS}
-# Backends that "auto" would choose and that this version does not have.
-_MISSING = {"triton": "this version has no GPU kernels yet"}
 
 
 def available() -> dict[str, str]:
     """Name of each backend -> "ok", or the reason why it cannot run on this machine."""
-    return {name: backend.unavailable() or "ok" for name, backend in _BACKENDS.items()} | _MISSING
+    return {name: backend.unavailable() or "ok" for name, backend in _BACKENDS.items()}
 
 
 def resolve(backend: str, x: Tensor, w: Tensor) -> str:
     """The name of the backend that `backend` means for these inputs; ValueError for a name there is not."""
-    names = ["auto", *_BACKENDS, *_MISSING]
+    names = ["auto", *_BACKENDS]
     if backend not in names:
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
     if backend != "auto":
@@ -38,9 +37,7 @@ def resolve(backend: str, x: Tensor, w: Tensor) -> str:
 
 
 def op_backend(name: str) -> OpBackend:
-    """The backend of that name that the op calls; RuntimeError for one that this version lacks."""
-    if name in _MISSING:
-        raise RuntimeError(_refusal(name, _MISSING[name]))
+    """The backend of that name that the op calls."""
     return _OP_BACKENDS[name]
 
 

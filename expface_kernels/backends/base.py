@@ -71,8 +71,11 @@ class Backend(Protocol):
 class OpBackend(Backend, Protocol):
     """A backend behind the custom op: autograd does not see into it, so it brings its own backward."""
 
-    def workspace_numel(self, batch: int, classes: int, dtype: torch.dtype, request: Request) -> int:
-        """Elements, of `dtype`, of the workspace that forward returns for `keep`."""
+    def workspace_numel(self, x: Tensor, w: Tensor, classes: int, request: Request) -> int:
+        """Elements, of compute_dtype, of the workspace that forward returns for `keep`.
+
+        x and w may be without data, and `request.scale` is not the real one.
+        """
 
     def backward(
         self,

@@ -97,8 +97,8 @@ class CpuBackend:
     def why_not(self, x: Tensor, w: Tensor) -> str | None:
         return None if x.device.type == "cpu" else f"it takes CPU tensors, got {x.device.type}"
 
-    def workspace_numel(self, batch: int, classes: int, dtype: torch.dtype, request: Request) -> int:
-        return TilePlan.of(batch, classes, dtype, request).numel
+    def workspace_numel(self, x: Tensor, w: Tensor, classes: int, request: Request) -> int:
+        return TilePlan.of(x.shape[0], classes, compute_dtype(x, w), request).numel
 
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request

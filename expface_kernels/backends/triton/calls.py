@@ -1,0 +1,58 @@
+"""The two ways in which work reaches the device, so that one place can watch all of it.
+
+launch(kernel, programs, tile, …)   a kernel of ours
+mm_f32(a, b)                        the library's product
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expface_kernels.backends.triton.tuning import Tile
+
+LaunchWatcher = Callable[[Any, int, dict[str, Any]], None]
+ProductWatcher = Callable[[Tensor, Tensor], None]
+_watchers: list[tuple[LaunchWatcher, ProductWatcher | None]] = []
+
+
+@contextlib.contextmanager
+def watched(launches: LaunchWatcher, products: ProductWatcher | None = None) -> Iterator[None]:
+    """Hand every launch, as (kernel, programs, arguments), to `launches` instead of the device.
+
+    Library products are shown to `products`, and made all the same.
+    """
+    _watchers.append((launches, products))
+    try:
+        yield
+    finally:
+        _watchers.pop()
+
+
+def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
+    """Run a kernel over `programs` programs; a tile's blocks are passed on where the kernel has them."""
+    names = kernel.arg_names
+    sizes = {name: getattr(tile, name.lower()) for name in ("BM", "BN", "BK") if name in names}
+    # Stated, because its default changes between versions: a fused multiply-add rounds once less.
+    arguments |= sizes | {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    if _watchers:
+        _watchers[-1][0](kernel, programs, arguments)
+    else:
+        kernel[(programs,)](**arguments)
+
+
+def mm_f32(a: Tensor, b: Tensor) -> Tensor:
+    """a·b in float32, accumulated in float32, whatever a and b are; 16-bit CPU products have no such mode."""
+    if _watchers and (show := _watchers[-1][1]) is not None:
+        show(a, b)
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    if a.device.type == "meta":  # as on a GPU: no copies
+        return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())

@@ -1,0 +1,151 @@
+"""The forward, and topk: order of launches.
+
+B rows, padded to B_pad · C classes that take part · D features, padded to D_pad
+tiles: of classes, each leaving a sum (and a maximum) per row · eqs.: docs/math.md
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from expface_kernels.backends.base import INVALID_TARGET, Forward
+from expface_kernels.backends.triton import kernels, row_kernels
+from expface_kernels.backends.triton.calls import launch
+from expface_kernels.backends.triton.launch import LOG2_E, Call, Rows, cdiv
+
+
+class ForwardCall(Call):
+    """Eqs. 2 to 4 in launches."""
+
+    def forward(self) -> Forward:
+        """The op's outputs, eqs. 2 to 4."""
+        plan, request = self.plan, self.request
+        workspace = self.empty(plan.numel if request.keep else self.scratch_numel())
+        hardest = self.empty(plan.rows if request.find_hardest else 0, torch.float64)
+        found = self.empty(plan.rows if request.find_hardest else 0, torch.int64)
+        nothing = self.empty(0, torch.float64)
+        if not (plan.rows and plan.classes):
+            log_l = self.x.new_full((plan.rows,), -torch.inf, dtype=torch.float64)
+            theta = torch.zeros_like(log_l)
+            return Forward(log_l, theta, workspace, nothing, hardest.fill_(-torch.inf), found.fill_(-1))
+        with self.device():
+            rows = self.rows()
+            log_l, best = self._negatives(rows, workspace)
+            theta = self._angles()
+        if best is not None:
+            hardest, found = best
+        if not request.keep:
+            workspace = self.empty(0)
+        return Forward(log_l, theta, workspace, nothing, hardest, found)
+
+    def _negatives(self, rows: Rows, workspace: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """log l (B,) float64, and the hardest negative's cosine and class if asked for."""
+        plan, request = self.plan, self.request
+        inv, shift, e = self.split(workspace)
+        kept = 0 if self.maxima else min(plan.kept, e.shape[0])
+        more = self.maxima or request.find_hardest
+        parts = [(0, kept, True), (kept, plan.classes, False)]
+        parts = [(start, stop, keep) for start, stop, keep in parts if start < stop]
+        tiles = [self.blocks.forward_more if keep or more else self.blocks.forward for *_, keep in parts]
+        counts = [cdiv(stop - start, t.bn) for (start, stop, _), t in zip(parts, tiles, strict=True)]
+        sums = self.empty((sum(counts), plan.rows_pad))
+        maxima = self.empty((sum(counts), plan.rows_pad)) if more else sums
+        args = self.empty((sum(counts), plan.rows_pad), torch.int32) if request.find_hardest else sums
+        row_scale = (rows.inv * self.z_scale).float()
+        first = 0
+        for (start, stop, keep), tile, count in zip(parts, tiles, counts, strict=True):
+            launch(
+                kernels.forward_tile,
+                count * (plan.rows_pad // tile.bm),
+                tile,
+                p_x=rows.operand,
+                p_row_scale=row_scale,
+                p_y=rows.labels,
+                p_inv=inv,
+                p_shift=shift,
+                p_sum=sums,
+                p_max=maxima,
+                p_arg=args,
+                p_e=e if keep else sums,
+                B_pad=plan.rows_pad,
+                class_begin=start,
+                class_end=stop,
+                tile_begin=first,
+                NORMS=plan.norms_in_tile,
+                MAXIMA=self.maxima,
+                HARDEST=request.find_hardest,
+                KEEP=keep,
+                INDEXED=self.subset is not None,
+                **self.centres(),
+                **self.product(),
+            )
+            first += count
+        log_l = _combine(sums, maxima if self.maxima else None)[: plan.rows]
+        if not request.find_hardest:
+            return log_l, None
+        return log_l, self._hardest(maxima, args, rows)
+
+    def _hardest(self, maxima: Tensor, args: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        best, tile = maxima[:, : self.plan.rows].max(dim=0)
+        found = args[:, : self.plan.rows].gather(0, tile[None])[0].long()
+        named = found if self.subset is None else self.subset[found.clamp_min(0)]
+        cos = torch.where(rows.inv[: self.plan.rows].isnan(), torch.nan, best.double() / self.z_scale)
+        return cos, torch.where(found < 0, -1, named)
+
+    def _angles(self) -> Tensor:
+        """Target angles (B,) float64, radians (eq. 4)."""
+        apart, together = self.empty(self.plan.rows, torch.float64), self.empty(self.plan.rows, torch.float64)
+        self.launch_rows(row_kernels.pair_lengths, p_apart=apart, p_together=together, **self.pair())
+        theta = torch.where(self.y >= 0, 2 * torch.atan2(apart, together), 0.0)
+        return torch.where(self.y == INVALID_TARGET, torch.nan, theta)
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest cosines (B, k) float32 and their classes; a chunk of cosines at a time."""
+        plan, tile = self.plan, self.blocks.forward_more
+        best = self.empty((plan.rows, 0))
+        classes = self.empty((plan.rows, 0), torch.int64)
+        if not plan.rows:
+            return self.empty((0, k)), self.empty((0, k), torch.int64)
+        with self.device():
+            rows = self.rows()
+            inv, shift, _ = self.split(self.empty(self.scratch_numel()))
+            chunk = max(plan.chunk // 2 // tile.bn, 1) * tile.bn
+            for start in range(0, plan.classes, chunk):
+                stop = min(start + chunk, plan.classes)
+                cos = self.empty((plan.rows, stop - start))
+                centres = self.centres()
+                del centres["p_index"]
+                launch(
+                    kernels.cosine_tile,
+                    cdiv(stop - start, tile.bn) * (plan.rows_pad // tile.bm),
+                    tile,
+                    p_x=rows.operand,
+                    p_row_scale=rows.inv.float(),
+                    p_inv=inv,
+                    p_shift=shift,
+                    p_cos=cos,
+                    B=plan.rows,
+                    B_pad=plan.rows_pad,
+                    class_begin=start,
+                    class_end=stop,
+                    chunk=stop - start,
+                    NORMS=plan.norms_in_tile,
+                    **centres,
+                    **self.product(),
+                )
+                found_cos, found = cos.topk(min(k, stop - start), dim=1)
+                best, classes = torch.cat([best, found_cos], 1), torch.cat([classes, found + start], 1)
+                best, order = best.topk(min(k, best.shape[1]), dim=1)
+                classes = classes.gather(1, order)
+        return best, classes
+
+
+def _combine(sums: Tensor, maxima: Tensor | None) -> Tensor:
+    """log l (B_pad,) float64 from tiles (tiles, B_pad) (eq. 3); −inf where nothing was summed."""
+    if maxima is None:
+        return torch.log(sums.sum(0, dtype=torch.float64))
+    highest = maxima.amax(0)
+    highest = torch.where(highest == -torch.inf, 0.0, highest)
+    total = (torch.exp2(maxima - highest) * sums).sum(0, dtype=torch.float64)
+    return (torch.log2(total) + highest.double()) / LOG2_E

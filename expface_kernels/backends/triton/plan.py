@@ -1,0 +1,99 @@
+"""What one call will compute in and how much it will hold: sizes only, no Triton, no tensor's values.
+
+B rows · C classes that take part · D features · E kept exponentials, (kept_pad, rows_pad) class-major
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expface_kernels.backends.base import Request
+
+PAD = 128
+"""Rows and chunks of classes are padded to a multiple of this: no kernel masks its inner loop for them."""
+CHUNK_BYTES = 128 * 2**20
+"""P' of a chunk of classes, in memory between the kernel that writes it and the two that read it."""
+LARGEST_PLAIN_SCALE = 70.0
+"""Up to here exp(s·cos) of all classes adds up in float32 without a running maximum."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a call."""
+
+    rows: int
+    classes: int
+    product: torch.dtype
+    """What the matrix products multiply; they accumulate in float32. P' and E have it too."""
+    shifted: bool
+    """Centres wider than float16 enter float16 products times a power of two, lest they leave its range."""
+    kept_pad: int
+    """Classes whose exponentials the workspace holds, padded."""
+
+    @classmethod
+    def of(cls, x: Tensor, w: Tensor, classes: int, request: Request) -> Plan:
+        """Depends on no value and not on the scale, so that it is known under torch.compile."""
+        product = request.product_dtype
+        if product not in (torch.bfloat16, torch.float16):
+            product = torch.promote_types(x.dtype, w.dtype)
+        rows = x.shape[0]
+        kept_pad = 0
+        # float16 has no room for exp(s·cos), whatever its factor.
+        if request.keep and product != torch.float16:
+            affordable = request.workspace_bytes // (max(_padded(rows), PAD) * product.itemsize)
+            kept_pad = min(affordable // PAD * PAD, _padded(classes))
+        shifted = product == torch.float16 and w.dtype != torch.float16
+        return cls(rows, classes, product, shifted, kept_pad)
+
+    @property
+    def rows_pad(self) -> int:
+        return _padded(self.rows)
+
+    @property
+    def classes_pad(self) -> int:
+        return _padded(self.classes)
+
+    @property
+    def kept(self) -> int:
+        return min(self.kept_pad, self.classes)
+
+    @property
+    def chunk(self) -> int:
+        """Classes of a chunk of P', a multiple of PAD."""
+        affordable = CHUNK_BYTES // (max(self.rows_pad, PAD) * self.product.itemsize)
+        return min(max(affordable // PAD, 1) * PAD, self.classes_pad)
+
+    @property
+    def over_norm(self) -> bool:
+        """Whether P' holds p/|w_j|, which float16 has no range for."""
+        return self.product != torch.float16
+
+    @property
+    def norms_in_tile(self) -> bool:
+        """Whether the forward's tiles form the norms, in float32, from what they load for the product.
+
+        Shifts need them beforehand. A float32 product wants them in float64, and is slow beside that pass.
+        """
+        return self.product != torch.float32 and not self.shifted
+
+    @property
+    def numel(self) -> int:
+        """float32 elements of the workspace: inverse norms, shifts, E."""
+        exponentials = self.kept_pad * self.rows_pad * self.product.itemsize // 4
+        return self.classes_pad * (2 if self.shifted else 1) + exponentials
+
+    def split(self, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The workspace as inv (classes_pad,), shift (classes_pad,) or (0,), e (kept_pad, rows_pad)."""
+        shifts = self.classes_pad if self.shifted else 0
+        inv, shift, e = workspace.split([self.classes_pad, shifts, self.numel - self.classes_pad - shifts])
+        return inv, shift, e.view(self.product).view(self.kept_pad, self.rows_pad)
+
+    def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
+        return [(i, min(i + self.chunk, stop)) for i in range(start, stop, self.chunk)]
+
+
+def _padded(number: int) -> int:
+    return -(-number // PAD) * PAD

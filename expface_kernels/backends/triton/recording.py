@@ -1,0 +1,54 @@
+"""The launches of a forward and backward, recorded without data, for the audit and the cost model.
+
+They are the real launch code's, run on meta tensors: what it would do on a GPU of that architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from expface_kernels.backends.base import Request
+from expface_kernels.backends.triton import calls
+from expface_kernels.backends.triton.backward import BackwardCall
+from expface_kernels.backends.triton.forward import ForwardCall
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training step: B rows and C centres of D features as stored, and what the op is asked for."""
+
+    rows: int
+    classes: int
+    features: int
+    x_dtype: torch.dtype = torch.bfloat16
+    w_dtype: torch.dtype = torch.bfloat16
+    scale: float = 64.0
+    workspace_bytes: int = 0
+    find_hardest: bool = False
+    subset: bool = False
+    product_dtype: torch.dtype | None = None
+
+    def run(self, arch: str, between: Callable[[], None] | None = None) -> None:
+        """Forward and backward on meta tensors; watch `calls` to see what they do."""
+        x = torch.empty(self.rows, self.features, dtype=self.x_dtype, device="meta")
+        w = torch.empty(self.classes, self.features, dtype=self.w_dtype, device="meta")
+        y = torch.empty(self.rows, dtype=torch.int64, device="meta")
+        subset = torch.empty(self.classes, dtype=torch.int64, device="meta") if self.subset else None
+        request = Request(self.scale, True, self.workspace_bytes, self.find_hardest, self.product_dtype)
+        out = ForwardCall(x, w, y, subset, request, arch).forward()
+        if between is not None:
+            between()
+        g, h = torch.empty_like(out.log_l), torch.empty_like(out.theta)
+        BackwardCall(x, w, y, subset, request, arch).backward(out.log_l, out.workspace, g, h, True, True)
+
+
+def launches(case: Case, arch: str) -> list[tuple[Any, int, dict[str, Any]]]:
+    """(kernel, programs, arguments) of every launch of a step, in order."""
+    seen: list[tuple[Any, int, dict[str, Any]]] = []
+    with calls.watched(lambda kernel, programs, arguments: seen.append((kernel, programs, arguments))):
+        case.run(arch)
+    return seen

@@ -1,0 +1,99 @@
+"""Block sizes of the class-tile kernels, by architecture, features and dtypes: a table, not a search.
+
+Every entry is one that `audit` has compiled without a spill inside its main loop. Blocks are powers of two:
+bm × bn is what a program writes, bk what it takes of the product's inner dimension at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's blocks, its warps, and the stages of its load pipeline."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int = 8
+    stages: int = 3
+
+
+ROWS = Tile(0, 0, 0, 4, 1)
+"""Kernels over rows: their blocks follow from D."""
+KEPT_COLUMNS = Tile(16, 256, 0, 4, 2)
+"""(classes, rows) of the pass over kept exponentials."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The tiles of a whole chain."""
+
+    forward: Tile
+    """(rows, classes, features), sums only."""
+    forward_more: Tile
+    """The same with maxima, the hardest negative or kept exponentials, which take more registers."""
+    probability: Tile
+    """(classes, rows, features)."""
+    weight: Tile
+    """(classes, features, rows)."""
+    precision: str
+    """How float32 operands multiply: "tf32x3", "ieee" or "tf32"; 16-bit ones ignore it."""
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", …, or "interpreter" for CPU tensors."""
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def row_elements(arch: str) -> int:
+    """Elements of a row kernel's block: 16 float64 a thread; the interpreter pays by the program."""
+    return 2**16 if arch == "interpreter" else 2048
+
+
+def float32_precision(arch: str, allow_tf32: bool) -> str:
+    """Plain tf32 only where the user has allowed it to torch; AMD has no tf32x3."""
+    if arch.startswith("gfx"):
+        return "ieee"
+    return "tf32" if allow_tf32 else "tf32x3"
+
+
+def blocks(arch: str, features: int, product: torch.dtype, stored: torch.dtype, precision: str) -> Blocks:
+    """The tiles for (B, features) rows multiplied as `product` with centres stored as `stored`."""
+    amd, ampere = arch.startswith("gfx"), arch in ("sm_80", "sm_86", "sm_87", "sm_89")
+    stages = 2 if amd else 3
+    if product == torch.float32:
+        return _float32_blocks(arch, precision)
+    # A stored float32 is cast in registers, between load and product: half the depth, one stage more.
+    bk = 32 if stored == torch.float32 else 64
+    bk = min(bk, max(16, _power_of_two(features)))
+    deep = stages + (1 if stored == torch.float32 and not amd else 0)
+    if ampere:
+        deep = min(deep, 3)
+    tile = Tile(128, 128, bk, 8, deep)
+    weight = Tile(128, min(128, max(16, _power_of_two(features))), 64, 8, stages)
+    return Blocks(tile, tile, tile, weight, "ieee")
+
+
+def _float32_blocks(arch: str, precision: str) -> Blocks:
+    if precision == "ieee":  # no tensor core: registers bound it
+        tile = Tile(64, 64, 32, 4, 2)
+        return Blocks(tile, tile, tile, tile, precision)
+    if arch in ("sm_80", "sm_86", "sm_87", "sm_89"):  # 128×128 spills inside the loop there
+        tile = Tile(64, 128, 32, 8, 2)
+        return Blocks(tile, tile, tile, tile, precision)
+    tile = Tile(128, 128, 32, 8, 3)
+    return Blocks(tile, tile, tile, Tile(128, 64, 32, 8, 3), precision)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is no smaller."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,71 @@
+"""What the kernels compile to for GPUs that are not here: no spill in a loop, tensor cores, shared memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from expface_kernels.backends.triton import audit
+from tests.cases import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+
+@pytest.mark.parametrize("arch", audit.ARCHITECTURES)
+def test_16_bit_kernels_are_clean_on_every_architecture(arch: str) -> None:
+    findings = audit._cached((arch, 512, "bf16"))
+    assert {f.kernel for f in findings} >= set(audit.MATRIX_KERNELS)
+    assert [text for f in findings for text in f.complaints()] == []
+
+
+def test_float32_kernels_do_not_spill_in_their_loops_on_hopper() -> None:
+    findings = audit._cached(("sm_90", 512, "float32"))
+    assert [text for f in findings for text in f.complaints()] == []
+    assert all(f.matrix.startswith("HGMMA") for f in findings if f.kernel in audit.MATRIX_KERNELS)
+
+
+def test_what_is_wrong_is_said() -> None:
+    good = audit.Finding(
+        "sm_90", 512, "bf16", "forward_tile", 128, 98_304, 2, 0, 3, "HGMMA.64x128x16.F32.BF16", 32
+    )
+    assert good.complaints() == []
+    for bad, word in (
+        (replace(good, spills_inside=1), "spills among"),
+        (replace(good, shared=300_000), "shared memory"),
+        (replace(good, matrix="HMMA.16816.F32.BF16"), "not HGMMA"),
+        (replace(good, matrix=""), "no matrix instruction"),
+    ):
+        assert len(bad.complaints()) == 1
+        assert word in bad.complaints()[0]
+
+
+def test_spills_are_placed_by_the_matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    sass = """
+        /*0000*/                   STL [R1], R2 ;
+        /*0010*/              @P0  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4] ;
+        /*0020*/                   LDL R3, [R1] ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4] ;
+        /*0040*/                   LDL R3, [R1+0x4] ;
+        /*0050*/                   LDL R4, [R1+0x8] ;
+"""
+    monkeypatch.setattr(audit, "_disassembled", lambda cubin: (sass, 99))
+
+    class Result:
+        asm = {"cubin": b""}  # noqa: RUF012
+
+        class metadata:
+            shared = 7
+
+    found = audit.inspect(Result, "sm_90")
+    assert [found[f"spills_{where}"] for where in ("before", "inside", "after")] == [1, 1, 2]
+    assert (found["registers"], found["shared"], found["matrix_count"]) == (99, 7, 2)
+
+
+def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--arch", "sm_90", "--features", "512", "--case", "bf16"]
+    assert audit.main(sizes) == 0
+    assert "HGMMA" in capsys.readouterr().out
+    assert audit.main([*sizes, "--json"]) == 0
+    assert {entry["kernel"] for entry in json.loads(capsys.readouterr().out)} >= set(audit.MATRIX_KERNELS)

@@ -1,0 +1,128 @@
+"""The cost model against what kernels really load and store, and the sizes that the package promises.
+
+B rows · C classes · D features. Bytes are counted in the interpreter: every address that a launch touches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from expface_kernels.backends.base import Request
+from expface_kernels.backends.triton import TritonBackend, calls, costs
+from expface_kernels.backends.triton.recording import Case
+from tests.cases import INTERPRETED, batch
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+LARGE = Case(1024, 1_000_000, 512)
+PRODUCT = 2 * 1024 * 1_000_000 * 512
+
+
+class Touched:
+    """The bytes that launches load and store, each address once a launch."""
+
+    def __init__(self) -> None:
+        self.read: dict[str, int] = {}
+        self.written: dict[str, int] = {}
+        self.loads: set[int] = set()
+        self.stores: set[int] = set()
+        self.bytes_read = self.bytes_written = 0
+
+    def add(self, name: str) -> None:
+        self.read[name] = self.read.get(name, 0) + len(self.loads)
+        self.written[name] = self.written.get(name, 0) + len(self.stores)
+        self.loads, self.stores = set(), set()
+
+
+def _bytes(pointers: Any, mask: Any) -> set[int]:
+    width = pointers.dtype.scalar.element_ty.primitive_bitwidth // 8
+    first = np.unique(pointers.data[mask.data.astype(bool)] if mask is not None else pointers.data)
+    return {int(address) + i for address in first for i in range(width)}
+
+
+@pytest.fixture
+def touched(monkeypatch: pytest.MonkeyPatch) -> Touched:
+    from triton.runtime import interpreter
+
+    seen, builder, run = Touched(), interpreter.interpreter_builder, calls.launch
+    load, store = type(builder).create_masked_load, type(builder).create_masked_store
+
+    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        seen.loads |= _bytes(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        seen.stores |= _bytes(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def counted_launch(kernel: Any, programs: int, tile: Any, **arguments: Any) -> None:
+        run(kernel, programs, tile, **arguments)
+        seen.add(kernel.fn.__name__)
+
+    monkeypatch.setattr(type(builder), "create_masked_load", counted_load)
+    monkeypatch.setattr(type(builder), "create_masked_store", counted_store)
+    for module in ("forward", "backward", "launch"):
+        monkeypatch.setattr(f"expface_kernels.backends.triton.{module}.launch", counted_launch)
+    return seen
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("workspace_bytes", [0, 2**30])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_bytes_of_a_step_are_those_that_its_kernels_touch(
+    dtype: torch.dtype, workspace_bytes: int, touched: Touched
+) -> None:
+    case = Case(20, 130, 24, dtype, dtype, workspace_bytes=workspace_bytes)
+    expected = {step.name: step for step in costs.costs(case, "interpreter").steps}
+    x, w, y = batch("random", 20, 130, 24)
+    x, w, y = x.to(dtype), w.to(dtype), torch.arange(20)  # no label twice: as many tangents as rows
+    request = Request(64.0, True, workspace_bytes, False, None)
+    out = TritonBackend().forward(x, w, y, None, request)
+    g = torch.ones(20, dtype=torch.float64)
+    TritonBackend().backward(x, w, y, None, out.log_l, out.workspace, g, g, request, True, True)
+    assert set(touched.read) == {name for name in expected if not name.startswith("library")}
+    for name, count in touched.written.items():
+        assert count == expected[name].written, name
+    for name, count in touched.read.items():
+        assert count == expected[name].read, name
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_step_at_a_million_classes_keeps_to_its_budget(kept: bool) -> None:
+    case = Case(1024, 1_000_000, 512, workspace_bytes=2**50 if kept else 0)
+    result = costs.costs(case, "sm_90")
+    products, gigabytes = (3.2, 13.5) if kept else (4.2, 11.5)
+    assert result.flops <= products * PRODUCT
+    assert result.flops >= (3 if kept else 4) * PRODUCT
+    assert result.moved <= gigabytes * 1e9
+    if not kept:
+        assert result.extra <= 400e6
+
+
+def test_the_roofline_of_a_large_step() -> None:
+    result = costs.costs(LARGE, "sm_90")
+    assert 5.3 < result.milliseconds(costs.GPUS["h100"]) < 6.5
+    assert "library product, dX" in costs.report(result, "h100")
+
+
+@pytest.mark.parametrize("name", list(costs.GPUS))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_gpu_and_dtype_has_a_report(name: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--rows", "256", "--classes", "100000", "--features", "128"]
+    assert costs.main(["--gpu", name, "--dtype", dtype, *sizes]) == 0
+    assert f"together, on {name}" in capsys.readouterr().out
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    with costs.PeakMemory() as memory:
+        a = torch.empty(100, device="meta")
+        b = a.view(10, 10)
+        del a
+        c = torch.empty(50, device="meta")
+        del b
+        torch.empty(25, device="meta")
+        del c
+    assert (memory.peak, memory.now) == (600, 0)

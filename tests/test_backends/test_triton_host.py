@@ -1,0 +1,132 @@
+"""What the triton backend's host code promises: no waiting for the device, lazy imports, reasons, sizes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from expface_kernels import backends
+from expface_kernels.backends.base import Request
+from expface_kernels.backends.triton import TritonBackend
+from expface_kernels.backends.triton.plan import PAD, Plan
+from tests.cases import INTERPRETED, TRITON_DEVICE, batch
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+# What would make the host wait for the device: a value, or a shape that depends on values.
+WAITING = (
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+    "aten::is_nonzero",
+    "aten::equal",
+)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises on an operation that would wait, or that indexes with booleans."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        assert name not in WAITING, f"{name} waits for the device"
+        if name in ("aten::index", "aten::index_put", "aten::index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{name} with a boolean index"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_mode_catches_what_waits() -> None:
+    t = torch.arange(4)
+    for wait in (t[0].item, lambda: t[t > 1], lambda: torch.unique(t), lambda: bool(t.any())):
+        with pytest.raises(AssertionError, match=r"waits|boolean"), NoWaiting():
+            wait()
+
+
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU, or the interpreter")
+@pytest.mark.parametrize("subset", [False, True])
+@pytest.mark.parametrize("scale", [64.0, 128.0])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_neither_forward_nor_backward_waits(dtype: torch.dtype, scale: float, subset: bool) -> None:
+    x, w, y = (t.to(TRITON_DEVICE) for t in batch("learnt", 9, 40, 16))
+    x, w = x.to(dtype), w.to(dtype)
+    classes = torch.arange(40, device=TRITON_DEVICE) if subset else None
+    for workspace_bytes in (0, 2**20):
+        request = Request(scale, True, workspace_bytes, True, None)
+        with NoWaiting():
+            out = TritonBackend().forward(x, w, y, classes, request)
+            g = torch.ones_like(out.log_l)
+            TritonBackend().backward(x, w, y, classes, out.log_l, out.workspace, g, g, request, True, True)
+
+
+def test_importing_the_package_imports_no_triton() -> None:
+    code = "import sys, expface_kernels as e; e.backends.available(); assert 'triton' not in sys.modules"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TritonBackend()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.unavailable() is None
+    x = torch.empty(2, 4)
+    assert backend.why_not(x, x) is None
+    assert "float64" in str(backend.why_not(x, x.double()))
+    assert "meta" in str(backend.why_not(x.to("meta"), x.to("meta")))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "cpu" in str(backend.why_not(x, x))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in str(backend.unavailable())
+    assert backends.available()["triton"] == backend.unavailable()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "not installed" in str(backend.unavailable())
+
+
+def _plan(rows: int, classes: int, x: torch.dtype, w: torch.dtype, budget: int, cast: Any = None) -> Plan:
+    a, b = torch.empty(rows, 8, dtype=x, device="meta"), torch.empty(classes, 8, dtype=w, device="meta")
+    return Plan.of(a, b, classes, Request(64.0, True, budget, False, cast))
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "cast", "product"),
+    [
+        (BF16, BF16, None, BF16),
+        (F16, F16, None, F16),
+        (F32, BF16, None, F32),
+        (F16, BF16, None, F32),
+        (F32, F32, BF16, BF16),
+        (F32, F32, F16, F16),
+        (BF16, F32, None, F32),
+    ],
+)
+def test_products_are_in_the_inputs_common_dtype_or_autocasts(
+    x: torch.dtype, w: torch.dtype, cast: torch.dtype | None, product: torch.dtype
+) -> None:
+    assert _plan(4, 9, x, w, 0, cast).product == product
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("budget", [0, 2**20, 2**28, 2**50])
+@pytest.mark.parametrize(("rows", "classes"), [(0, 5), (1, 1), (130, 5000), (1024, 1_000_000)])
+def test_what_is_kept_stays_within_the_budget(
+    rows: int, classes: int, budget: int, dtype: torch.dtype
+) -> None:
+    plan = _plan(rows, classes, dtype, dtype, budget)
+    assert plan.kept_pad * plan.rows_pad * dtype.itemsize <= budget
+    assert plan.kept_pad % PAD == 0
+    assert dtype != F16 or plan.kept == 0
+    workspace = torch.empty(plan.numel, device="meta")
+    inv, _, e = plan.split(workspace)
+    assert inv.shape == (plan.classes_pad,)
+    assert e.shape == (plan.kept_pad, plan.rows_pad)
+    chunks = plan.chunks(plan.kept, classes)
+    assert all(stop - start <= plan.chunk and (start % PAD == 0) for start, stop in chunks)
+    assert sum(stop - start for start, stop in chunks) == classes - plan.kept
