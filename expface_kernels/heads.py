@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expface_kernels import backends
 from expface_kernels.checks import FLOATS, check_integer, check_margin, check_options, check_scale
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, margin_cross_entropy, topk_cosine
 from expface_kernels.margins import ExpFace, MarginFunction
@@ -66,6 +67,7 @@ class MarginSoftmaxHead(nn.Module):
         check_integer("seed", seed)
         margin = ExpFace() if margin is None else margin
         check_scale(scale)
+        backends.check_name(backend)
         check_options(margin, reduction, ignore_index, target_gradient, gradient_tolerance, workspace_bytes)
         _refuse_what_is_not_there(
             sample_rate=(sample_rate, 1.0),

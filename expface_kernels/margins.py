@@ -52,7 +52,7 @@ def _check_parameter(
 ) -> None:
     """Raise TypeError or ValueError for a parameter of another type or out of its range.
 
-    The values of a tensor are not looked at: on a GPU that would wait for the device.
+    The values of a tensor are looked at on the CPU only: on a GPU that would wait for the device.
     """
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.dim() > 1:
@@ -60,6 +60,9 @@ def _check_parameter(
                 f"{owner}: {name} as a tensor must be floating point of shape (B,) or (), "
                 f"got {value.dtype} of shape {tuple(value.shape)}"
             )
+        if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
+            for extreme in value.detach().aminmax():
+                _check_parameter(owner, name, float(extreme), low, high, low_in, high_in)
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a float or a (B,) tensor, got {type(value).__name__}")
@@ -68,7 +71,7 @@ def _check_parameter(
     if not (above and below):
         left, right = ("[" if low_in else "("), ("]" if high_in else ")")
         hint = ""
-        if owner == "ArcFace" and value >= math.pi:
+        if high == math.pi and value >= math.pi:
             hint = f"; it is in radians, not degrees ({value} degrees are {math.radians(value):.4g} radians)"
         raise ValueError(f"{owner}: {name} must be in {left}{low:.6g}, {high:.6g}{right}, got {value}{hint}")
 
@@ -79,7 +82,14 @@ def as_tensor(value: Parameter, like: Tensor) -> Tensor:
     As a product, since that is what torch.compile keeps symbolic: with the bare float in a power or a
     cosine, a schedule that assigns it at every step would compile at every step.
     """
-    return value if isinstance(value, Tensor) else like.new_ones(()) * value
+    if not isinstance(value, Tensor):
+        return like.new_ones(()) * value
+    if value.dim() == 1 and value.shape != like.shape:
+        raise ValueError(
+            f"margin: expected a parameter of shape {tuple(like.shape)}, one value a row, "
+            f"got {tuple(value.shape)}"
+        )
+    return value
 
 
 class ExpFace(Margin):

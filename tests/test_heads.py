@@ -332,3 +332,8 @@ def test_options_that_are_not_built_yet_say_so(name: str, value: Any, default: A
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         MarginSoftmaxHead(16, 20, **{name: value})
     MarginSoftmaxHead(16, 20, **{name: default})
+
+
+def test_an_unknown_backend_raises_when_the_head_is_built() -> None:
+    with pytest.raises(ValueError, match=r"^backend: expected one of .*, got 'gpu'$"):
+        MarginSoftmaxHead(16, 20, backend="gpu")

@@ -337,3 +337,19 @@ def test_a_margin_that_returns_another_shape_raises(
     text = f"margin must return psi of theta's shape ({len(ANGLES)},), got {came}"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         target_similarity(wrong, angles(), target_gradient)
+
+
+def test_a_parameter_of_another_batch_size_names_both_shapes() -> None:
+    text = "margin: expected a parameter of shape (8,), one value a row, got (5,)"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        ExpFace(torch.full((5,), 0.7))(torch.rand(8, dtype=torch.float64))
+
+
+def test_degrees_are_recognised_in_a_combined_margin_too() -> None:
+    with pytest.raises(ValueError, match=r"^CombinedMargin: m2 must be in .* it is in radians, not degrees"):
+        CombinedMargin(1.0, 28.6, 0.0)
+
+
+def test_a_value_out_of_range_in_a_tensor_raises_on_the_cpu() -> None:
+    with pytest.raises(ValueError, match=r"^ExpFace: m must be in \(0, 1\], got 2\.0$"):
+        ExpFace(torch.tensor([0.7, 2.0, 0.5]))

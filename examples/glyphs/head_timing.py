@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -135,7 +136,7 @@ def extra_bytes(kind: str, size: Size) -> int | None:
 
     Linux only. Not by getrusage: a child process starts with its parent's peak there.
     """
-    if not _STATUS.is_file():
+    if not _STATUS.is_file() or not os.access(_RESET, os.W_OK):
         return None
     small = Size(size.rows, classes=min(size.classes, 1000), features=size.features)
     step_seconds(_make(kind, small), *_batch(small))  # loads libraries and starts threads

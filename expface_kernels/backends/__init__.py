@@ -24,11 +24,16 @@ def available() -> dict[str, str]:
     return {name: backend.unavailable() or "ok" for name, backend in _BACKENDS.items()}
 
 
-def resolve(backend: str, x: Tensor, w: Tensor) -> str:
-    """The name of the backend that `backend` means for these inputs; ValueError for a name there is not."""
+def check_name(backend: str) -> None:
+    """ValueError for a name there is not."""
     names = ["auto", *_BACKENDS]
     if backend not in names:
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+
+
+def resolve(backend: str, x: Tensor, w: Tensor) -> str:
+    """The name of the backend that `backend` means for these inputs; ValueError for a name there is not."""
+    check_name(backend)
     if backend != "auto":
         return backend
     if x.device.type == "cpu":

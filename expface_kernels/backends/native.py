@@ -13,10 +13,21 @@ import torch
 from torch import Tensor
 
 
+_FUNCTIONS = [
+    f"{name}_{dtype}"
+    for name in ("inverse_norms", "forward_tile", "backward_tile", "project")
+    for dtype in ("float32", "float64")
+]
+
+
 @functools.cache
 def _load() -> ModuleType:
     # torch is imported by now: its OpenMP threads are the ones that the extension finds and shares.
-    return importlib.import_module("expface_kernels._C")
+    extension = importlib.import_module("expface_kernels._C")
+    missing = [name for name in _FUNCTIONS if not hasattr(extension, name)]
+    if missing:
+        raise ImportError(f"it lacks {', '.join(missing)}: built from other sources, build it again")
+    return extension
 
 
 def load_error() -> str | None:

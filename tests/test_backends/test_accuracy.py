@@ -93,8 +93,9 @@ def test_every_margin_and_both_gradients_on_every_kind_of_batch(
     _check(batch(kind, 24, 33, 48, seed=3), EVERY_MODE, backend, scale=scale)
 
 
-def test_every_margin_and_both_gradients_at_working_size() -> None:
-    _check(batch("random", *BIG), EVERY_MODE, "cpu")
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_margin_and_both_gradients_at_working_size(scale: float) -> None:
+    _check(batch("random", *BIG), EVERY_MODE, "cpu", scale=scale)
 
 
 @pytest.mark.parametrize("scale", SCALES)

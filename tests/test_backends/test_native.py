@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -260,3 +261,14 @@ def test_long_sums_in_float32_do_not_drift() -> None:
 def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(ValueError, match="instruction set must be one of"):
         extension.use_instruction_set("x86-64-v9")
+
+
+def test_an_extension_of_other_sources_is_reported_with_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    native._load.cache_clear()
+    monkeypatch.setattr(native.importlib, "import_module", lambda name: ModuleType(name))
+    try:
+        assert "it lacks inverse_norms_float32" in (native.load_error() or "")
+    finally:
+        native._load.cache_clear()
