@@ -12,7 +12,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-
 _FUNCTIONS = [
     f"{name}_{dtype}"
     for name in ("inverse_norms", "forward_tile", "backward_tile", "project")

@@ -267,7 +267,7 @@ def test_an_extension_of_other_sources_is_reported_with_what_it_lacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     native._load.cache_clear()
-    monkeypatch.setattr(native.importlib, "import_module", lambda name: ModuleType(name))
+    monkeypatch.setattr(native.importlib, "import_module", ModuleType)
     try:
         assert "it lacks inverse_norms_float32" in (native.load_error() or "")
     finally:
