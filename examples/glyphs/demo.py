@@ -82,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     console.print(_verification_table(runs))
+    _save_pictures(options.out, runs, glyphs)
     console.print(f"\nTiming one step of the head at {plan.timing.classes:,} classes ...")
     console.print(_timing_table(measure(plan.timing), plan.timing))
-    _save_pictures(options.out, runs, glyphs)
     console.print(f"Pictures: {options.out}/ (training, roc, cosines, nearest_NAME .png)")
     console.print(f"Done in {time.perf_counter() - start:.0f} s.")
     return quality_status(runs, plan.recipe) if plan.demanding else 0
