@@ -88,7 +88,7 @@ class BackwardCall(Call):
             weights = self._weights(rows, log2_l, g)
             tile = self.blocks.probability
             p = self.empty((plan.chunk, plan.rows_pad), plan.product)
-            col = self.empty((plan.rows_pad // tile.bn, plan.chunk))
+            col = self.empty((plan.rows_pad // tile.bm, plan.chunk))
             for start, stop in plan.chunks(kept, plan.classes):
                 self._probabilities(rows, weights, inv, shift, p, col, start, stop)
                 self._gradients(p, col, start, stop, weights, inv, shift, a, dw, targets)
@@ -149,7 +149,7 @@ class BackwardCall(Call):
         plan, tile = self.plan, self.blocks.probability
         launch(
             kernels.probability_tile,
-            cdiv(stop - start, tile.bm) * (plan.rows_pad // tile.bn),
+            cdiv(stop - start, tile.bn) * (plan.rows_pad // tile.bm),
             tile,
             p_x=rows.operand,
             p_row_scale=(rows.inv * self.z_scale).float(),

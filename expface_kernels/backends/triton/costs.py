@@ -104,10 +104,10 @@ def _forward(a: Arguments) -> Traffic:
 
 
 def _probability(a: Arguments) -> Traffic:
-    n, padded = _classes(a, "BM")
+    n, padded = _classes(a, "BN")
     rows = a["B_pad"]
     read = rows * _columns(a) * a["p_x"].element_size() + 16 * rows + _centres(a, n) + 4 * n
-    written = padded * rows * a["p_p"].element_size() + 4 * padded * (rows // a["BN"])
+    written = padded * rows * a["p_p"].element_size() + 4 * padded * (rows // a["BM"])
     return 2 * rows * padded * _columns(a), read, written
 
 

@@ -195,10 +195,10 @@ def probability_tile(
     OVER_NORM: tl.constexpr,
 ):
     """P' = p/|w_j| (p alone without OVER_NORM) of a chunk (eq. 9), and Σ_b g_b·P'·cos of a block's rows."""
-    i_block = tl.program_id(0) % (B_pad // BN)
-    i_tile = tl.program_id(0) // (B_pad // BN)
-    i_rows = i_block * BN + tl.arange(0, BN)
-    i_local = i_tile * BM + tl.arange(0, BM)
+    i_block = tl.program_id(0) % (B_pad // BM)
+    i_tile = tl.program_id(0) // (B_pad // BM)
+    i_rows = i_block * BM + tl.arange(0, BM)
+    i_local = i_tile * BN + tl.arange(0, BN)
     i_classes = class_begin + i_local
     m_class = i_classes < class_end
     i_safe = tl.minimum(i_classes, class_end - 1)
@@ -209,23 +209,24 @@ def probability_tile(
     b_acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, D, BK):
         o_d = k + tl.arange(0, BK)
+        # The forward's product, factor by factor: other orders round otherwise, and p would not sum to 1.
+        b_x = tl.load(p_x_rows[:, None] + o_d[None, :])
         b_w = _load_centres(p_w_rows, o_d, stride_wd, D, BK)
         b_w = _operand(b_w, b_shift, p_x.dtype.element_ty, SHIFTED)
-        b_x = tl.load(p_x_rows[:, None] + o_d[None, :])
-        b_acc = _dot(b_w, tl.trans(b_x), b_acc, PRECISION)
+        b_acc = _dot(b_x, tl.trans(b_w), b_acc, PRECISION)
 
     b_inv = tl.abs(tl.load(p_inv + i_safe))
-    b_z = b_acc * tl.load(p_row_scale + i_rows)[None, :] * b_inv[:, None]
+    b_z = b_acc * tl.load(p_row_scale + i_rows)[:, None] * b_inv[None, :]
     b_log2_l = tl.load(p_log2_l + i_rows)
-    m_in = (b_log2_l != float("inf"))[None, :] & (i_classes[:, None] != tl.load(p_y + i_rows)[None, :])
-    b_p = tl.exp2(b_z - b_log2_l[None, :])
+    m_in = (b_log2_l != float("inf"))[:, None] & (i_classes[None, :] != tl.load(p_y + i_rows)[:, None])
+    b_p = tl.exp2(b_z - b_log2_l[:, None])
     if OVER_NORM:
-        b_p *= b_inv[:, None]
-    b_p = rounded(tl.where(m_in & m_class[:, None], b_p, 0.0), p_p.dtype.element_ty)
-    tl.store(p_p + i_local.to(tl.int64)[:, None] * B_pad + i_rows[None, :], b_p)
+        b_p *= b_inv[None, :]
+    b_p = rounded(tl.where(m_in & m_class[None, :], b_p, 0.0), p_p.dtype.element_ty)
+    tl.store(p_p + i_local.to(tl.int64)[None, :] * B_pad + i_rows[:, None], b_p)
     # From P' as rounded: dW projects out what it has really summed. A dead row's cosine may be NaN.
-    b_share = b_p.to(tl.float32) * (b_z * inv_scale) * tl.load(p_g + i_rows)[None, :]
-    b_col = tl.sum(tl.where(m_in, b_share, 0.0), 1)
+    b_share = b_p.to(tl.float32) * (b_z * inv_scale) * tl.load(p_g + i_rows)[:, None]
+    b_col = tl.sum(tl.where(m_in, b_share, 0.0), 0)
     tl.store(p_col + i_block * chunk + i_local, b_col)
 
 

@@ -37,7 +37,7 @@ class Blocks:
     forward_more: Tile
     """The same with maxima, the hardest negative or kept exponentials, which take more registers."""
     probability: Tile
-    """(classes, rows, features)."""
+    """(rows, classes, features)."""
     weight: Tile
     """(classes, features, rows)."""
     precision: str
