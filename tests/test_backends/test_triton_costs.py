@@ -5,11 +5,13 @@ B rows · C classes · D features. Bytes are counted in the interpreter: every a
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from expface_kernels.backends.base import Request
 from expface_kernels.backends.triton import TritonBackend, calls, costs
@@ -88,6 +90,51 @@ def test_bytes_of_a_step_are_those_that_its_kernels_touch(
         assert count == expected[name].written, name
     for name, count in touched.read.items():
         assert count == expected[name].read, name
+
+
+def _outside(function: Any) -> Any:
+    """Without the modes that are on: copies that the interpreter and a CPU's library make are not ours."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            result = function(*args, **kwargs)
+        gc.collect()  # the interpreter leaves cycles that hold a launch's arguments
+        return result
+
+    return call
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """mm_f32 as on a GPU: one allocation, the result."""
+    product = _outside(calls.mm_f32)(a, b)
+    return torch.empty(product.shape).copy_(product)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("workspace_bytes", [0, 2**30])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("scale", [64.0, 128.0])
+def test_peak_of_a_step_is_that_of_the_allocations_really_made(
+    scale: float, dtype: torch.dtype, workspace_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(40, 300, 24, dtype, dtype, scale, workspace_bytes=workspace_bytes)
+    result = costs.costs(case, "interpreter")
+    for module in ("forward", "backward", "launch"):
+        monkeypatch.setattr(f"expface_kernels.backends.triton.{module}.launch", _outside(calls.launch))
+    monkeypatch.setattr("expface_kernels.backends.triton.backward.mm_f32", _product)
+    gc.freeze()  # what is there already need not be looked through
+    x, w, y = batch("random", 40, 300, 24)
+    x, w, y = x.to(dtype), w.to(dtype), torch.arange(40)
+    request = Request(scale, True, workspace_bytes, False, None)
+    with costs.PeakMemory() as memory:
+        out = TritonBackend().forward(x, w, y, None, request)
+        g, h = torch.ones_like(out.log_l), torch.ones_like(out.theta)
+        dx, dw = TritonBackend().backward(x, w, y, None, out.log_l, out.workspace, g, h, request, True, True)
+    gc.unfreeze()
+    assert dx is not None
+    assert dw is not None
+    assert memory.peak == result.peak
+    assert result.gradient == dw.nbytes
 
 
 @pytest.mark.parametrize("kept", [False, True])
