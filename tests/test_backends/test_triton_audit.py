@@ -15,13 +15,13 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 
 @pytest.mark.parametrize("arch", audit.ARCHITECTURES)
 def test_16_bit_kernels_are_clean_on_every_architecture(arch: str) -> None:
-    findings = audit._cached((arch, 512, "bf16"))
+    findings = audit.audit_case(arch, 512, "bf16")
     assert {f.kernel for f in findings} >= set(audit.MATRIX_KERNELS)
     assert [text for f in findings for text in f.complaints()] == []
 
 
 def test_float32_kernels_do_not_spill_in_their_loops_on_hopper() -> None:
-    findings = audit._cached(("sm_90", 512, "float32"))
+    findings = audit.audit_case("sm_90", 512, "float32")
     assert [text for f in findings for text in f.complaints()] == []
     assert all(f.matrix.startswith("HGMMA") for f in findings if f.kernel in audit.MATRIX_KERNELS)
 
@@ -50,13 +50,13 @@ def test_spills_are_placed_by_the_matrix_instructions(monkeypatch: pytest.Monkey
         /*0040*/                   LDL R3, [R1+0x4] ;
         /*0050*/                   LDL R4, [R1+0x8] ;
 """
-    monkeypatch.setattr(audit, "_disassembled", lambda cubin: (sass, 99))
+    monkeypatch.setattr(audit, "_disassembled", lambda cubin, always: (sass, 99))
 
     class Result:
         asm = {"cubin": b""}  # noqa: RUF012
 
         class metadata:
-            shared = 7
+            shared, name = 7, "forward_tile"
 
     found = audit.inspect(Result, "sm_90")
     assert [found[f"spills_{where}"] for where in ("before", "inside", "after")] == [1, 1, 2]

@@ -1,6 +1,6 @@
 """Compile the kernels for GPUs that need not be there, and look at what came out.
 
-    python -m expface_kernels.backends.triton.audit [--json] [--arch sm_90 …] [--features 512 …] [--case …]
+    python -m expface_kernels.backends.triton.audit [--json] [--all] [--arch …] [--features …] [--case …]
 
 Registers, shared memory, tensor-core instructions, and spills by where they stand: the compiler unrolls the
 loops, so a spill is harmful between the first and the last matrix instruction, and costs little outside.
@@ -45,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     "float32": {"x_dtype": F32, "w_dtype": F32},
 }
 MATRIX_KERNELS = ("forward_tile", "probability_tile", "weight_gradient_tile")
+ROW_KERNEL_FEATURES = 512
+"""Kernels over rows have no entry in the tuning table, and are looked at for this D alone."""
 _TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32",
@@ -52,8 +54,9 @@ _TYPES = {
 _MATRIX = re.compile(r"HGMMA|HMMA|UTC\w*MMA|v_mfma")
 _LOCAL = re.compile(r"LDL|STL|scratch_(load|store)")
 # Not \s: it would run over line ends, and again and again.
-_SASS = re.compile(r"^[ \t]+(?:/\*[0-9a-f]+\*/[ \t]+)?(?:@!?U?P\w+[ \t]+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE)
+_SASS = re.compile(r"^[ \t]+(?:/\*\w+\*/[ \t]+)?(?:@!?U?P\w+[ \t]+)?([A-Z][\w.]+)", re.MULTILINE)
 _GCN = re.compile(r"^[ \t]+([a-z]\w+)", re.MULTILINE)
+_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def inspect(result: Any, arch: str) -> dict[str, Any]:
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
         operations = _GCN.findall(text)
     else:
-        text, registers = _disassembled(result.asm["cubin"])
+        text, registers = _disassembled(result.asm["cubin"], result.metadata.name in MATRIX_KERNELS)
         operations = _SASS.findall(text)
     matrix = [i for i, name in enumerate(operations) if _MATRIX.match(name)]
     local = [i for i, name in enumerate(operations) if _LOCAL.match(name)]
@@ -140,8 +143,8 @@ def inspect(result: Any, arch: str) -> dict[str, Any]:
     }
 
 
-def _disassembled(cubin: bytes) -> tuple[str, int]:
-    """(SASS, registers) by the tools that come with Triton."""
+def _disassembled(cubin: bytes, always: bool) -> tuple[str, int]:
+    """(SASS, registers) by the tools that come with Triton; "" where nothing spills, unless `always`."""
     import triton.backends.nvidia as nvidia
 
     tools = Path(nvidia.__file__).parent / "bin"
@@ -149,11 +152,12 @@ def _disassembled(cubin: bytes) -> tuple[str, int]:
         file.write(cubin)
         file.flush()
         usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-        sass = _output(tools / "nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump: expected a line with REG:, got {usage!r}")
-    return sass, int(found.group(1))
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump: expected a line with REG: and STACK:, got {usage!r}")
+        registers, stack = int(found.group(1)), int(found.group(2))
+        sass = _output(tools / "nvdisasm", "-c", file.name) if always or stack else ""
+    return sass, registers
 
 
 def _output(*command: str | Path) -> str:
@@ -161,41 +165,42 @@ def _output(*command: str | Path) -> str:
 
 
 def audit_case(arch: str, features: int, name: str) -> list[Finding]:
-    """Every kernel of one case, each specialisation once."""
+    """The kernels of one case, each specialisation once; those over rows at D = ROW_KERNEL_FEATURES only."""
     findings: dict[str, Finding] = {}
     for kernel, _, arguments in launches(Case(1024, 100_000, features, **CASES[name]), arch):
-        if kernel.__name__ not in findings:
-            details = inspect(compiled(kernel, arguments, arch), arch)
-            findings[kernel.__name__] = Finding(arch, features, name, kernel.__name__, **details)
+        known = kernel.__name__ in findings
+        if known or (features != ROW_KERNEL_FEATURES and kernel.__name__ not in MATRIX_KERNELS):
+            continue
+        details = _inspected(compiled(kernel, arguments, arch), arch)
+        findings[kernel.__name__] = Finding(arch, features, name, kernel.__name__, **details)
     return list(findings.values())
 
 
-def _cached(task: tuple[str, int, str]) -> list[Finding]:
-    """audit_case, from a file beside Triton's own cache where sources and versions are the same."""
+def _inspected(result: Any, arch: str) -> dict[str, Any]:
+    """`inspect`, from a file beside Triton's own cache: cases share kernels, and disassembly is slow."""
     import triton
 
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    key = hashlib.sha256(sources + repr((triton.__version__, *task)).encode()).hexdigest()
-    folder = Path(triton.knobs.cache.dir) / "expface_audit"
-    file = folder / f"{key}.json"
+    file = Path(triton.knobs.cache.dir) / "expface_audit" / f"{_SOURCE}-{result.hash}.json"
     if file.exists():
-        return [Finding(**entry) for entry in json.loads(file.read_text())]
-    findings = audit_case(*task)
-    folder.mkdir(parents=True, exist_ok=True)
+        return json.loads(file.read_text())
+    found = inspect(result, arch)
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps([asdict(finding) for finding in findings]))
+    partial.write_text(json.dumps(found))
     partial.replace(file)
-    return findings
+    return found
 
 
-def tasks(architectures: list[str], features: list[int], cases: list[str]) -> list[tuple[str, int, str]]:
-    """Every case at D = 512; at other D only the plain one, whose tiles all cases share."""
+def tasks(
+    architectures: list[str], features: list[int], cases: list[str], everything: bool = False
+) -> list[tuple[str, int, str]]:
+    """Every case at D = 512; at other D only the plain one, unless `everything`."""
     return [
         (arch, d, name)
         for arch in architectures
         for d in features
         for name in cases
-        if d == 512 or name == "bf16" or len(cases) == 1
+        if everything or d == 512 or name == "bf16" or len(cases) == 1
     ]
 
 
@@ -205,12 +210,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--features", nargs="+", type=int, default=list(FEATURES))
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--all", action="store_true", help="every case at every D (about 10 minutes)")
     options = parser.parse_args(argv)
     if interpreted():
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        wanted = tasks(options.arch, options.features, options.case)
-        findings = [finding for found in pool.map(_cached, wanted) for finding in found]
+        wanted = tasks(options.arch, options.features, options.case, options.all)
+        found = pool.map(audit_case, *zip(*wanted, strict=True))
+        findings = [finding for several in found for finding in several]
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
