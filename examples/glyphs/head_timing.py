@@ -74,7 +74,7 @@ class EagerHead(nn.Module):
 
 def measure(size: Size) -> dict[str, HeadCost]:
     """Both heads by name: first the memory of each (a process apiece), then turns of timed steps."""
-    extra = _extra_bytes_in_subprocesses(size)
+    extra = extra_bytes_in_subprocesses(size)
     heads = {kind: _make(kind, size) for kind in KINDS}
     embeddings, labels = _batch(size)
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -112,7 +112,7 @@ def _batch(size: Size) -> tuple[Tensor, Tensor]:
     return embeddings, torch.randint(size.classes, (size.rows,), generator=generator)
 
 
-def _extra_bytes_in_subprocesses(size: Size) -> dict[str, int | None]:
+def extra_bytes_in_subprocesses(size: Size) -> dict[str, int | None]:
     """Of both heads; the processes may run at once, since memory does not depend on who else runs."""
     values = [str(value) for value in (size.rows, size.classes, size.features)]
     command = [sys.executable, "-m", "examples.glyphs.head_timing"]
