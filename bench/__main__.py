@@ -17,6 +17,7 @@ from bench import machine, peers
 from bench.cases import DEFAULT, MARGINS, MEMORY, MEMORY_CLASSES, TOY, Case
 from bench.report import print_report
 from bench.run import Plan, run
+from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.margins import TARGET_GRADIENTS
 
 ROUNDS, RUNS = 9, 3
@@ -62,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--no-memory", action="store_true", help="measure seconds only")
     p.add_argument("--spin", action="store_true", help="time while another process keeps a core busy")
+    p.add_argument("--model", metavar="GPU", help="count a step's cost on h100, a100, …; run nothing")
+    p.add_argument("--dtype", help="of --model: of rows and centres (default: bfloat16)")
     p.add_argument("--json", type=Path, metavar="PATH", help="write the result there")
     return p
 
@@ -90,6 +93,19 @@ def plan_of(options: argparse.Namespace, command: str) -> Plan:
         memory_cases=() if options.no_memory else (case, *_sweep(options, kind)),
         spin=options.spin,
         command=command,
+    )
+
+
+def _modelled(options: argparse.Namespace) -> str:
+    from bench import model  # needs Triton, which not every system has
+
+    fields = ("rows", "classes", "features", "margin", "scale", "target_gradient")
+    workspace = options.workspace_bytes
+    return model.report(
+        _replaced(DEFAULT, options, fields),
+        options.model,
+        options.dtype or "bfloat16",
+        DEFAULT_WORKSPACE_BYTES if workspace is None else workspace,
     )
 
 
@@ -140,6 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(argv)
     try:
+        if options.model is not None:
+            print(_modelled(options))
+            return 0
+        if options.dtype is not None:
+            raise ValueError("dtype: is of --model; what is timed here is float32")
         plan = plan_of(options, shlex.join(["python", "-m", "bench", *argv]))
         if options.json is not None and not options.json.parent.is_dir():
             raise ValueError(f"json: there is no directory {options.json.parent}")

@@ -1,0 +1,63 @@
+"""The model of a step on a GPU that is not here: what it counts, and how it is asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import model
+from bench.__main__ import main
+from bench.cases import Case
+from expface_kernels.backends.triton import costs
+
+H100 = costs.GPUS["h100"]
+
+
+def test_operators_are_counted_by_what_they_touch() -> None:
+    a = torch.empty(4, 8, device="meta")
+    with model.Operators(H100) as counted:
+        product = a @ a.T  # reads a twice (the second time as a view), writes (4, 4)
+        product.mul_(2)  # reads and writes
+        torch.empty(100, device="meta")
+        product[torch.arange(2, device="meta")]
+    gathered = 2 * (2 * 4 * 4) + 16
+    assert counted.flops == 2 * 4 * 4 * 8
+    assert counted.moved == 2 * 128 + 64 + 2 * 64 + 16 + gathered  # 16: arange writes
+    assert counted.seconds == pytest.approx(counted.moved / (H100.bandwidth * 1e12))
+
+
+@pytest.mark.parametrize("target_gradient", ["exact", "detached"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_eager_head_makes_three_products_and_holds_its_logits(
+    dtype: torch.dtype, target_gradient: str
+) -> None:
+    case = Case(1024, 100_000, 512, target_gradient=target_gradient)
+    logits = case.rows * case.classes * dtype.itemsize
+    eager = model.eager_costs(case, dtype, H100)
+    assert eager.flops == case.flops
+    assert 2 * logits < eager.extra < 8 * logits
+    assert eager.moved > 10 * logits
+
+
+def test_the_command_prints_both(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--rows", "256", "--classes", "100000", "--features", "128"]
+    assert main(["--model", "b200", *sizes, "--workspace-bytes", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "together, on b200" in out
+    assert "eager head, on b200" in out
+    assert "bfloat16, workspace 0" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--toy", "--dtype", "float16"], "dtype: is of --model"),
+        (["--model", "abacus"], "model: expected one of ['h100'"),
+        (["--model", "h100", "--dtype", "int8"], "dtype: expected one of"),
+    ],
+)
+def test_what_has_no_model_is_refused(
+    options: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 2
+    assert text in capsys.readouterr().err
