@@ -75,6 +75,30 @@ def _signed_inverse(b_squares):
 
 
 @triton.jit
+def _products(
+    p_x_rows, p_w_rows, b_shift, stride_wd,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, SHIFTED: tl.constexpr, NORMS: tl.constexpr,
+):  # fmt: skip
+    """x·wᵀ (BM, BN), and with NORMS partial sums (BN, BK) of the centres' squares.
+
+    The one place: another order of factors rounds otherwise, and the backward's p would not sum to 1.
+    """
+    b_acc = tl.zeros((BM, BN), tl.float32)
+    b_squares = tl.zeros((BN, BK), tl.float32)
+    for k in range(0, D, BK):
+        o_d = k + tl.arange(0, BK)
+        b_x = tl.load(p_x_rows[:, None] + o_d[None, :])
+        b_w = _load_centres(p_w_rows, o_d, stride_wd, D, BK)
+        b_w = _operand(b_w, b_shift, b_x.dtype, SHIFTED)
+        b_acc = _dot(b_x, tl.trans(b_w), b_acc, PRECISION)
+        if NORMS:
+            # The norms come from the same loads: a pass of their own would read all of w once more.
+            b_squares += b_w.to(tl.float32) * b_w.to(tl.float32)
+    return b_acc, b_squares
+
+
+@triton.jit
 def forward_tile(
     p_x,
     p_row_scale,  # (B_pad,) s·log2(e)/|x|
@@ -120,17 +144,9 @@ def forward_tile(
     p_x_rows = p_x + i_rows.to(tl.int64) * D_PAD
     b_shift = tl.load(p_shift + i_safe) if SHIFTED else 0.0
 
-    b_acc = tl.zeros((BM, BN), tl.float32)
-    b_squares = tl.zeros((BN, BK), tl.float32)
-    for k in range(0, D, BK):
-        o_d = k + tl.arange(0, BK)
-        b_x = tl.load(p_x_rows[:, None] + o_d[None, :])
-        b_w = _load_centres(p_w_rows, o_d, stride_wd, D, BK)
-        b_w = _operand(b_w, b_shift, p_x.dtype.element_ty, SHIFTED)
-        b_acc = _dot(b_x, tl.trans(b_w), b_acc, PRECISION)
-        if NORMS:
-            # The norms come from the same loads: a pass of their own would read all of w once more.
-            b_squares += b_w.to(tl.float32) * b_w.to(tl.float32)
+    b_acc, b_squares = _products(
+        p_x_rows, p_w_rows, b_shift, stride_wd, D, BM, BN, BK, PRECISION, SHIFTED, NORMS
+    )
     if not NORMS:
         b_inv = tl.load(p_inv + i_safe)
     else:
@@ -206,14 +222,7 @@ def probability_tile(
     p_x_rows = p_x + i_rows.to(tl.int64) * D_PAD
     b_shift = tl.load(p_shift + i_safe) if SHIFTED else 0.0
 
-    b_acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, D, BK):
-        o_d = k + tl.arange(0, BK)
-        # The forward's product, factor by factor: other orders round otherwise, and p would not sum to 1.
-        b_x = tl.load(p_x_rows[:, None] + o_d[None, :])
-        b_w = _load_centres(p_w_rows, o_d, stride_wd, D, BK)
-        b_w = _operand(b_w, b_shift, p_x.dtype.element_ty, SHIFTED)
-        b_acc = _dot(b_x, tl.trans(b_w), b_acc, PRECISION)
+    b_acc, _ = _products(p_x_rows, p_w_rows, b_shift, stride_wd, D, BM, BN, BK, PRECISION, SHIFTED, False)
 
     b_inv = tl.abs(tl.load(p_inv + i_safe))
     b_z = b_acc * tl.load(p_row_scale + i_rows)[:, None] * b_inv[None, :]
@@ -358,16 +367,9 @@ def cosine_tile(
     p_w_rows = _centre_rows(p_w, p_w, i_safe, stride_w, False)
     p_x_rows = p_x + i_rows.to(tl.int64) * D_PAD
     b_shift = tl.load(p_shift + i_safe) if SHIFTED else 0.0
-    b_acc = tl.zeros((BM, BN), tl.float32)
-    b_squares = tl.zeros((BN, BK), tl.float32)
-    for k in range(0, D, BK):
-        o_d = k + tl.arange(0, BK)
-        b_x = tl.load(p_x_rows[:, None] + o_d[None, :])
-        b_w = _load_centres(p_w_rows, o_d, stride_wd, D, BK)
-        b_w = _operand(b_w, b_shift, p_x.dtype.element_ty, SHIFTED)
-        b_acc = _dot(b_x, tl.trans(b_w), b_acc, PRECISION)
-        if NORMS:
-            b_squares += b_w.to(tl.float32) * b_w.to(tl.float32)
+    b_acc, b_squares = _products(
+        p_x_rows, p_w_rows, b_shift, stride_wd, D, BM, BN, BK, PRECISION, SHIFTED, NORMS
+    )
     b_inv = _signed_inverse(tl.sum(b_squares, 1)) if NORMS else tl.load(p_inv + i_safe)
     b_cos = b_acc * tl.load(p_row_scale + i_rows)[:, None] * tl.abs(b_inv)[None, :]
     m_tile = (i_rows < B)[:, None] & (class_begin + i_local < class_end)[None, :]
