@@ -22,6 +22,8 @@ from expface_kernels.margins import TARGET_GRADIENTS
 
 ROUNDS, RUNS = 9, 3
 TOY_ROUNDS, TOY_RUNS = 3, 1
+KIND = ("margin", "scale", "target_gradient")  # options that make a case's kind, and those of its shape
+SHAPE = ("rows", "classes", "features")
 PLAIN_WIDTH = 140  # columns of a table that goes to a file
 
 
@@ -71,8 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 def plan_of(options: argparse.Namespace, command: str) -> Plan:
     """The plan that the options describe; ValueError for one that cannot be carried out."""
-    kind = ("margin", "scale", "target_gradient")
-    case = _replaced(TOY if options.toy else DEFAULT, options, ("rows", "classes", "features", *kind))
+    case = _replaced(TOY if options.toy else DEFAULT, options, (*SHAPE, *KIND))
     _check_fits(case)
     default_rounds, default_runs = (TOY_ROUNDS, TOY_RUNS) if options.toy else (ROUNDS, RUNS)
     rounds = default_rounds if options.rounds is None else options.rounds
@@ -90,7 +91,7 @@ def plan_of(options: argparse.Namespace, command: str) -> Plan:
         rounds=rounds,
         runs=runs,
         memory_peers=() if options.no_memory else memory_peers,
-        memory_cases=() if options.no_memory else (case, *_sweep(options, kind)),
+        memory_cases=() if options.no_memory else (case, *_sweep(options)),
         spin=options.spin,
         command=command,
     )
@@ -99,10 +100,9 @@ def plan_of(options: argparse.Namespace, command: str) -> Plan:
 def _modelled(options: argparse.Namespace) -> str:
     from bench import model  # needs Triton, which not every system has
 
-    fields = ("rows", "classes", "features", "margin", "scale", "target_gradient")
-    workspace = options.workspace_bytes
+    workspace = _workspace_bytes(options)
     return model.report(
-        _replaced(DEFAULT, options, fields),
+        _replaced(DEFAULT, options, (*SHAPE, *KIND)),
         options.model,
         options.dtype or "bfloat16",
         DEFAULT_WORKSPACE_BYTES if workspace is None else workspace,
@@ -114,14 +114,19 @@ def _replaced(case: Case, options: argparse.Namespace, names: Sequence[str]) -> 
     return dataclasses.replace(case, **given)
 
 
+def _workspace_bytes(options: argparse.Namespace) -> int | None:
+    workspace: int | None = options.workspace_bytes
+    if workspace is not None and workspace < 0:
+        raise ValueError(f"workspace-bytes: expected at least 0, got {workspace}")
+    return workspace
+
+
 def _peers(options: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Peers that are timed, and those whose memory is measured: ours without workspace too.
 
     A toy run only sees whether measuring works, and compiling again in another process takes too long.
     """
-    workspace = options.workspace_bytes
-    if workspace is not None and workspace < 0:
-        raise ValueError(f"workspace-bytes: expected at least 0, got {workspace}")
+    workspace = _workspace_bytes(options)
     ours = "ours" if workspace is None else f"ours@{workspace}"
     timed = tuple(dict.fromkeys(ours if name == "ours" else name for name in options.peers))
     for name in timed:
@@ -131,12 +136,12 @@ def _peers(options: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...
     return timed, tuple(dict.fromkeys([*timed, "ours@0"])) if ours in timed else timed
 
 
-def _sweep(options: argparse.Namespace, kind: Sequence[str]) -> list[Case]:
+def _sweep(options: argparse.Namespace) -> list[Case]:
     """Cases of the memory sweep. The default ones may be too large for a machine: then their rows say so."""
     classes = () if options.toy else MEMORY_CLASSES
     if options.memory_classes is not None:
         classes = options.memory_classes
-    cases = [dataclasses.replace(_replaced(MEMORY, options, kind), classes=count) for count in classes]
+    cases = [dataclasses.replace(_replaced(MEMORY, options, KIND), classes=count) for count in classes]
     if options.memory_classes is not None:
         for case in cases:
             _check_fits(case)

@@ -6,7 +6,6 @@ run without data: an operator reads its inputs and writes its outputs, a view mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,28 +26,19 @@ _GATHERS = {_aten.index}
 _SCATTERS = {_aten.index_put_, _aten._index_put_impl_}
 
 
-@dataclass
 class Operators(TorchDispatchMode):
-    """Adds up what operators do: FLOPs of products, bytes, roofline seconds on `gpu`."""
+    """Notes each operator as a step: FLOPs of products, bytes. All bytes stand as read."""
 
-    gpu: costs.Gpu
-    flops: int = 0
-    moved: int = 0
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.steps: list[costs.Step] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        moved = traffic(func, args, out)
         count = flop_registry.get(func.overloadpacket)
-        flops = int(count(*args, **(kwargs or {}), out_val=out)) if count is not None else 0
-        half = flops and out.dtype.itemsize == 2
-        rate = 1e12 * (self.gpu.half if half else self.gpu.float32)
-        self.flops += flops
-        self.moved += moved
-        self.seconds += max(flops / rate, moved / (self.gpu.bandwidth * 1e12))
+        flops = 0 if count is None else int(count(*args, **(kwargs or {}), out_val=out))
+        dtype = out.dtype if flops else torch.float32
+        self.steps.append(costs.Step(str(func), dtype, 1, flops, traffic(func, args, out)))
         return out
 
 
@@ -71,25 +61,15 @@ def _bytes(tensors: Any) -> int:
     return sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in found)
 
 
-@dataclass(frozen=True)
-class EagerCosts:
-    """Of one step: FLOPs of products, bytes moved, roofline seconds, peak bytes beside inputs and dw."""
-
-    flops: int
-    moved: int
-    seconds: float
-    extra: int
-
-
-def eager_costs(case: Case, dtype: torch.dtype, gpu: costs.Gpu) -> EagerCosts:
+def eager_costs(case: Case, dtype: torch.dtype) -> costs.Costs:
     """The eager head's forward and backward with inputs, logits and gradients in `dtype`."""
     x = torch.empty(case.rows, case.features, dtype=dtype, device="meta", requires_grad=True)
     w = torch.empty(case.classes, case.features, dtype=dtype, device="meta", requires_grad=True)
     labels = torch.empty(case.rows, dtype=torch.int64, device="meta")
-    memory, operators = costs.PeakMemory(), Operators(gpu)
+    memory, operators = costs.PeakMemory(), Operators()
     with memory, operators:
         margin_loss(x, w, labels, case.margin_function(), case.scale, case.target_gradient).backward()
-    return EagerCosts(operators.flops, operators.moved, operators.seconds, memory.peak - w.nbytes)
+    return costs.Costs(tuple(operators.steps), memory.peak, w.nbytes)
 
 
 def report(case: Case, gpu: str, dtype: str, workspace_bytes: int) -> str:
@@ -101,15 +81,12 @@ def report(case: Case, gpu: str, dtype: str, workspace_bytes: int) -> str:
     launches = Launches(
         case.rows, case.classes, case.features, wide, wide, case.scale, workspace_bytes=workspace_bytes
     )
-    ours = costs.costs(launches, costs.GPUS[gpu].arch)
-    eager = eager_costs(case, wide, costs.GPUS[gpu])
-    sums = f"{eager.flops / 1e12:7.3f} {eager.moved / 1e9:7.3f} {1e3 * eager.seconds:7.3f}"
+    ours, eager = costs.costs(launches, costs.GPUS[gpu].arch), eager_costs(case, wide)
     return "\n".join(
         [
             f"B={case.rows:,}, C={case.classes:,}, D={case.features:,}, {dtype}, "
             f"workspace {workspace_bytes:,} bytes: a roofline, nothing is measured",
             costs.report(ours, gpu),
-            f"{'eager head, on ' + gpu:28} {sums}",
-            f"peak extra memory {eager.extra / 1e6:.0f} MB, beside dw",
+            costs.sums(eager, gpu, f"eager head, on {gpu}"),
         ]
     )

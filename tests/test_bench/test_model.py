@@ -15,15 +15,16 @@ H100 = costs.GPUS["h100"]
 
 def test_operators_are_counted_by_what_they_touch() -> None:
     a = torch.empty(4, 8, device="meta")
-    with model.Operators(H100) as counted:
+    with model.Operators() as seen:
         product = a @ a.T  # reads a twice (the second time as a view), writes (4, 4)
         product.mul_(2)  # reads and writes
         torch.empty(100, device="meta")
         product[torch.arange(2, device="meta")]
     gathered = 2 * (2 * 4 * 4) + 16
+    counted = costs.Costs(tuple(seen.steps), 0, 0)
     assert counted.flops == 2 * 4 * 4 * 8
     assert counted.moved == 2 * 128 + 64 + 2 * 64 + 16 + gathered  # 16: arange writes
-    assert counted.seconds == pytest.approx(counted.moved / (H100.bandwidth * 1e12))
+    assert counted.milliseconds(H100) == pytest.approx(1e3 * counted.moved / (H100.bandwidth * 1e12))
 
 
 @pytest.mark.parametrize("target_gradient", ["exact", "detached"])
@@ -33,7 +34,7 @@ def test_the_eager_head_makes_three_products_and_holds_its_logits(
 ) -> None:
     case = Case(1024, 100_000, 512, target_gradient=target_gradient)
     logits = case.rows * case.classes * dtype.itemsize
-    eager = model.eager_costs(case, dtype, H100)
+    eager = model.eager_costs(case, dtype)
     assert eager.flops == case.flops
     assert 2 * logits < eager.extra < 8 * logits
     assert eager.moved > 10 * logits
@@ -54,6 +55,7 @@ def test_the_command_prints_both(capsys: pytest.CaptureFixture[str]) -> None:
         (["--toy", "--dtype", "float16"], "dtype: is of --model"),
         (["--model", "abacus"], "model: expected one of ['h100'"),
         (["--model", "h100", "--dtype", "int8"], "dtype: expected one of"),
+        (["--model", "h100", "--workspace-bytes", "-1"], "workspace-bytes: expected at least 0, got -1"),
     ],
 )
 def test_what_has_no_model_is_refused(

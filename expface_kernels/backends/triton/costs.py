@@ -280,10 +280,16 @@ def report(result: Costs, name: str) -> str:
     for s in result.steps:
         moved = (s.read + s.written) / 1e9
         lines.append(f"{s.name:22} {s.calls:5} {s.flops / 1e12:7.3f} {moved:7.3f} {s.milliseconds(gpu):7.3f}")
-    total = f"{result.flops / 1e12:7.3f} {result.moved / 1e9:7.3f} {result.milliseconds(gpu):7.3f}"
-    lines.append(f"{'together, on ' + name:28} {total}")
-    lines.append(f"peak extra memory {result.extra / 1e6:.0f} MB, beside dw's {result.gradient / 1e6:.0f} MB")
-    return "\n".join(lines)
+    return "\n".join([*lines, sums(result, name, f"together, on {name}")])
+
+
+def sums(result: Costs, name: str, title: str) -> str:
+    """The last lines of a report: all steps together, on the GPU of that name, and what they hold."""
+    total = f"{result.flops / 1e12:7.3f} {result.moved / 1e9:7.3f} {result.milliseconds(GPUS[name]):7.3f}"
+    return (
+        f"{title:28} {total}\n"
+        f"peak extra memory {result.extra / 1e6:.0f} MB, beside dw's {result.gradient / 1e6:.0f} MB"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
