@@ -6,6 +6,7 @@ B rows · C classes · D features. Bytes are counted in the interpreter: every a
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,16 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.empty(product.shape).copy_(product)
 
 
+@pytest.fixture
+def quick_collections() -> Iterator[None]:
+    """What is there already need not be looked through."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("workspace_bytes", [0, 2**30])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("scale", [64.0, 128.0])
@@ -122,7 +132,6 @@ def test_peak_of_a_step_is_that_of_the_allocations_really_made(
     for module in ("forward", "backward", "launch"):
         monkeypatch.setattr(f"expface_kernels.backends.triton.{module}.launch", _outside(calls.launch))
     monkeypatch.setattr("expface_kernels.backends.triton.backward.mm_f32", _product)
-    gc.freeze()  # what is there already need not be looked through
     x, w, y = batch("random", 40, 300, 24)
     x, w, y = x.to(dtype), w.to(dtype), torch.arange(40)
     request = Request(scale, True, workspace_bytes, False, None)
@@ -130,7 +139,6 @@ def test_peak_of_a_step_is_that_of_the_allocations_really_made(
         out = TritonBackend().forward(x, w, y, None, request)
         g, h = torch.ones_like(out.log_l), torch.ones_like(out.theta)
         dx, dw = TritonBackend().backward(x, w, y, None, out.log_l, out.workspace, g, h, request, True, True)
-    gc.unfreeze()
     assert dx is not None
     assert dw is not None
     assert memory.peak == result.peak

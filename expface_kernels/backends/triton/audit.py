@@ -45,8 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     "float32": {"x_dtype": F32, "w_dtype": F32},
 }
 MATRIX_KERNELS = ("forward_tile", "probability_tile", "weight_gradient_tile")
-ROW_KERNEL_FEATURES = 512
-"""Kernels over rows have no entry in the tuning table, and are looked at for this D alone."""
+THOROUGH_FEATURES = 512
+"""For this D every case is looked at, and the kernels over rows, which have no entry in the tuning table."""
 _TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32",
@@ -165,11 +165,11 @@ def _output(*command: str | Path) -> str:
 
 
 def audit_case(arch: str, features: int, name: str) -> list[Finding]:
-    """The kernels of one case, each specialisation once; those over rows at D = ROW_KERNEL_FEATURES only."""
+    """The kernels of one case, each specialisation once; those over rows at D = THOROUGH_FEATURES only."""
     findings: dict[str, Finding] = {}
     for kernel, _, arguments in launches(Case(1024, 100_000, features, **CASES[name]), arch):
         known = kernel.__name__ in findings
-        if known or (features != ROW_KERNEL_FEATURES and kernel.__name__ not in MATRIX_KERNELS):
+        if known or (features != THOROUGH_FEATURES and kernel.__name__ not in MATRIX_KERNELS):
             continue
         details = _inspected(compiled(kernel, arguments, arch), arch)
         findings[kernel.__name__] = Finding(arch, features, name, kernel.__name__, **details)
@@ -194,13 +194,13 @@ def _inspected(result: Any, arch: str) -> dict[str, Any]:
 def tasks(
     architectures: list[str], features: list[int], cases: list[str], everything: bool = False
 ) -> list[tuple[str, int, str]]:
-    """Every case at D = 512; at other D only the plain one, unless `everything`."""
+    """Every case at THOROUGH_FEATURES; at other D only the plain one, unless `everything`."""
     return [
         (arch, d, name)
         for arch in architectures
         for d in features
         for name in cases
-        if everything or d == 512 or name == "bf16" or len(cases) == 1
+        if everything or d == THOROUGH_FEATURES or name == "bf16" or len(cases) == 1
     ]
 
 
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--features", nargs="+", type=int, default=list(FEATURES))
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--all", action="store_true", help="every case at every D (about 10 minutes)")
+    parser.add_argument("--all", action="store_true", help="every case at every D, which takes long")
     options = parser.parse_args(argv)
     if interpreted():
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
