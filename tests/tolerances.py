@@ -101,6 +101,15 @@ def assert_rows_close(actual: Tensor, truth: Tensor, *, cap: float, what: str = 
 # rounded to bf16 alone is off by up to 0.13.
 LOSS_OF_16_BIT_INPUTS = 2e-3
 
+# Outside the policy, since what they bound is not held against a float64 truth. Absolute unless said.
+COSINE = 1e-6  # a float32 cosine
+UNIT_LENGTH = 1e-14  # of a float64 unit vector; also its product with one orthogonal to it
+UNIT_ENTRY = 1e-15  # relative, of a float64 quotient
+SUM_ORDER = 1e-6  # relative: the same float32 terms, summed in another order
+SAME_TRAINING = 1e-3  # relative: two runs of one seed, which threads sum in different orders
+EAGER_LOSS = 1e-5  # relative and absolute: two float32 heads against one another
+EAGER_GRADIENT = 1e-4, 1e-5  # the same of their gradients: relative, absolute
+
 
 def one_rounding(dtype: torch.dtype) -> float:
     """The largest relative error of rounding a right result to `dtype` once."""

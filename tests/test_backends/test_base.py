@@ -14,7 +14,7 @@ from torch import Tensor
 from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, Pairs, compute_dtype, norms_and_units
 from expface_kernels.reference import pair_angle
 from tests.cases import KINDS, batch, leaves
-from tests.tolerances import assert_close, assert_rows_close, relative_error
+from tests.tolerances import UNIT_ENTRY, UNIT_LENGTH, assert_close, assert_rows_close, relative_error
 
 F64 = torch.float64
 
@@ -41,8 +41,8 @@ def test_tangents_have_length_one_are_orthogonal_and_lead_to_the_other(kind: str
     apart = ((theta > 1e-9) & (theta < math.pi - 1e-9))[:, 0]
     for t, at, to in zip(pairs.tangents(), (pairs.xn, pairs.wn), (pairs.wn, pairs.xn), strict=True):
         length = torch.linalg.vector_norm(t, dim=1)
-        torch.testing.assert_close(length[apart], torch.ones_like(length[apart]), rtol=0, atol=1e-14)
-        assert float((t * at).sum(1)[apart].abs().max()) < 1e-14
+        torch.testing.assert_close(length[apart], torch.ones_like(length[apart]), rtol=0, atol=UNIT_LENGTH)
+        assert float((t * at).sum(1)[apart].abs().max()) < UNIT_LENGTH
         reached = torch.cos(theta) * at + torch.sin(theta) * t
         assert relative_error(reached[apart], to[apart]) < 1e-14
         assert torch.equal(t[~apart], torch.zeros_like(t[~apart]))
@@ -118,5 +118,5 @@ def test_norms_below_eps_divide_by_eps() -> None:
     norm, unit = norms_and_units(v)
     assert torch.equal(norm, torch.tensor([[5.0], [0.0], [2e-13]], dtype=F64))
     torch.testing.assert_close(
-        unit, torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 0.2]], dtype=F64), rtol=1e-15, atol=0
+        unit, torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 0.2]], dtype=F64), rtol=UNIT_ENTRY, atol=0
     )

@@ -17,7 +17,7 @@ from expface_kernels.backends.triton import TritonBackend, plan
 from expface_kernels.functional import topk_cosine
 from expface_kernels.margins import MarginFunction
 from tests.cases import INTERPRETED, TRITON_DEVICE, batch, eager, truth
-from tests.tolerances import assert_close, assert_rows_close, relative_error, row_cap
+from tests.tolerances import COSINE, assert_close, assert_rows_close, relative_error, row_cap
 
 pytestmark = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU, or TRITON_INTERPRET=1"
@@ -246,11 +246,11 @@ def test_the_hardest_negative_and_topk_are_those_of_the_cosines(dtype: torch.dty
         out = _forward(x, w, y, None, Request(scale, False, 0, True, None))
         best, found = cos.scatter(1, y[:, None], -9.0).max(1)
         assert torch.equal(out.hardest_class.cpu(), found)
-        torch.testing.assert_close(out.hardest_cos.cpu(), best, rtol=0, atol=1e-6)
+        torch.testing.assert_close(out.hardest_cos.cpu(), best, rtol=0, atol=COSINE)
     got, classes = topk_cosine(x.to(TRITON_DEVICE), w.to(TRITON_DEVICE), 5, backend="triton")
     best, found = cos.topk(5, dim=1)
     assert torch.equal(classes.cpu(), found)
-    torch.testing.assert_close(got.cpu().double(), best, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.cpu().double(), best, rtol=0, atol=COSINE)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU would have to hold all of w")

@@ -12,6 +12,7 @@ import torch
 from expface_kernels import margin_cross_entropy
 from expface_kernels.backends import workspace as pool
 from tests.cases import batch, leaves
+from tests.tolerances import SUM_ORDER
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +148,7 @@ def test_two_forwards_before_their_backwards_hold_two_workspaces(small_tiles: in
             margin_cross_entropy(c, b, labels, backend="cpu").backward()
         grads.append((a.grad, c.grad, b.grad))
     for alone, both in zip(*grads, strict=True):
-        torch.testing.assert_close(both, alone, rtol=1e-6, atol=1e-6 * float(alone.abs().max()))
+        torch.testing.assert_close(both, alone, rtol=SUM_ORDER, atol=SUM_ORDER * float(alone.abs().max()))
     assert torch.equal(grads[0][0], grads[1][0])
     assert torch.equal(grads[0][1], grads[1][1])
 

@@ -16,6 +16,7 @@ from examples.glyphs.training import Recipe, TrainingError, learning_rate, train
 from examples.glyphs.verification import Scores, Verification
 from expface_kernels import ExpFace, MarginSoftmaxHead
 from expface_kernels.reference import margin_cross_entropy
+from tests.tolerances import EAGER_GRADIENT, EAGER_LOSS, SAME_TRAINING
 
 
 def test_toy_demo_prints_its_figures_and_writes_its_pictures(
@@ -106,7 +107,7 @@ def test_training_learns_and_repeats_itself(images: torch.Tensor) -> None:
     assert len(first) == 4
     assert first[-1][0] < 0.5 * first[0][0]
     assert first[-1][1] < first[0][1]
-    np.testing.assert_allclose(first, second, rtol=1e-3)
+    np.testing.assert_allclose(first, second, rtol=SAME_TRAINING)
 
 
 def test_training_reports_every_step(images: torch.Tensor) -> None:
@@ -171,11 +172,12 @@ def test_eager_head_is_the_same_loss() -> None:
     y = torch.randint(50, (8,))
     expected = margin_cross_entropy(x, head.weight, y, ExpFace(), scale=32.0, target_gradient="detached")
     assert isinstance(expected, torch.Tensor)
-    torch.testing.assert_close(head(x, y), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head(x, y), expected, rtol=EAGER_LOSS, atol=EAGER_LOSS)
     ours = torch.autograd.grad(head(x, y), (x, head.weight))
     theirs = torch.autograd.grad(expected, (x, head.weight))
+    relative, absolute = EAGER_GRADIENT
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=relative, atol=absolute)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from Linux's /proc")

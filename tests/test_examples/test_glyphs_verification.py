@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from examples.glyphs.verification import Scores, pair_scores, rank1_by_query_font, verify_glyphs
+from tests.tolerances import COSINE
 
 K, FONTS, D = 7, 4, 5
 
@@ -33,8 +34,8 @@ def brute_force_pairs(e: torch.Tensor) -> tuple[list[float], list[float]]:
 def test_pair_scores_are_all_pairs_of_two_fonts(e: torch.Tensor) -> None:
     genuine, impostor = brute_force_pairs(e)
     scores = pair_scores(e)
-    np.testing.assert_allclose(scores.genuine, sorted(genuine), atol=1e-6)
-    np.testing.assert_allclose(scores.impostor, sorted(impostor), atol=1e-6)
+    np.testing.assert_allclose(scores.genuine, sorted(genuine), atol=COSINE)
+    np.testing.assert_allclose(scores.impostor, sorted(impostor), atol=COSINE)
 
 
 @pytest.mark.parametrize("far", [0.0, 0.01, 0.05, 0.2, 0.9])
