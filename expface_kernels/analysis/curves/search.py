@@ -17,7 +17,7 @@ HALVINGS = 60
 
 
 def bisect(state_at: Function, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Neighbouring floats (low, high): there the state (bool or whole numbers) is no longer the one at low."""
+    """Neighbouring floats (low, high) where the state (bool or whole numbers) stops being that at low."""
     at_low = state_at(low)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -43,7 +43,7 @@ def steepest(f: Function, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 def minimum(f: Function, low: Tensor, high: Tensor) -> Tensor:
     """Where f is least between low and high, if it falls and then rises there; kinks are welcome."""
-    for _ in range(HALVINGS):  # of two thirds
+    for _ in range(2 * HALVINGS):  # of two thirds
         first, second = low + (high - low) / 3, high - (high - low) / 3
         left = f(first) < f(second)
         low, high = torch.where(left, low, first), torch.where(left, second, high)

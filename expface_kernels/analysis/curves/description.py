@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from expface_kernels.analysis import curves, search
+from expface_kernels.analysis.curves import functions, search
 from expface_kernels.checks import check_margin
 from expface_kernels.margins import MarginFunction
 
@@ -37,10 +37,11 @@ class Interval(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """The largest penalty, and the smallest angle that has it; None where it is the same at every angle."""
+    """The largest penalty, and the first and last angle of the stretch that has it; mostly one angle."""
 
     size: float
-    angle: float | None
+    start: float
+    end: float
 
 
 class Jump(NamedTuple):
@@ -112,8 +113,8 @@ def describe(margin: MarginFunction) -> Description:
         falls=falls,
         rises=rises,
         jumps=tuple(Jump(high, size) for _, high, size in jumps),
-        cosine_peak=_peak(grid, curves.cosine_penalty, _cosine_growth, margin),
-        angular_peak=_peak(grid, curves.angular_penalty, _angular_growth, margin),
+        cosine_peak=_peak(grid, functions.cosine_penalty, _cosine_growth, margin),
+        angular_peak=_peak(grid, functions.angular_penalty, _angular_growth, margin),
         weak=_weak(margin, grid),
         turns=turns,
         vanishes=_vanishes(margin, grid, turns),
@@ -124,7 +125,7 @@ def _jumps(margin: MarginFunction, grid: Tensor) -> list[tuple[float, float, flo
     """(last angle before, first angle after, change of psi) of each jump."""
 
     def psi(theta: Tensor) -> Tensor:
-        return curves.similarity(margin, theta)
+        return functions.similarity(margin, theta)
 
     low, high = search.steepest(psi, grid[:-1], grid[1:])
     size = psi(high) - psi(low)
@@ -138,10 +139,10 @@ def _monotonicity(
     """(falls, rises, turns): from the sign of the slope, and the jumps that go against it."""
 
     def sign(theta: Tensor) -> Tensor:
-        return torch.sign(curves.slope(margin, theta))
+        return torch.sign(functions.slope(margin, theta))
 
     inner = grid[1:-1]
-    slopes = curves.slope(margin, inner)
+    slopes = functions.slope(margin, inner)
     if not bool(torch.isfinite(slopes).all()):
         at = inner[~torch.isfinite(slopes)][0]
         raise ValueError(f"margin: expected a finite slope of psi on (0, π), got none at theta = {at:.6g}")
@@ -164,10 +165,10 @@ def _weak(margin: MarginFunction, grid: Tensor) -> tuple[Interval, ...]:
     """Where r < 1."""
 
     def below(theta: Tensor) -> Tensor:
-        return curves.pull(margin, theta) < 1
+        return functions.pull(margin, theta) < 1
 
     inner = grid[1:-1]
-    states = curves.pull(margin, inner) < 1 - NOTICEABLE
+    states = functions.pull(margin, inner) < 1 - NOTICEABLE
     found = search.stretches(inner, states, below, 0.0, math.pi)
     return tuple(Interval(start, end) for state, start, end in found if state)
 
@@ -176,7 +177,7 @@ def _vanishes(margin: MarginFunction, grid: Tensor, turns: tuple[float, ...]) ->
     """Where the slope touches 0."""
 
     def size(theta: Tensor) -> Tensor:
-        return curves.slope(margin, theta).abs()
+        return functions.slope(margin, theta).abs()
 
     inner = grid[1:-1]
     sizes = size(inner)
@@ -191,26 +192,29 @@ def _vanishes(margin: MarginFunction, grid: Tensor, turns: tuple[float, ...]) ->
 
 def _cosine_growth(margin: MarginFunction, theta: Tensor) -> Tensor:
     """Derivative of the cosine penalty."""
-    return -torch.sin(theta) - curves.slope(margin, theta)
+    return -torch.sin(theta) - functions.slope(margin, theta)
 
 
 def _angular_growth(margin: MarginFunction, theta: Tensor) -> Tensor:
     """Derivative of the angular penalty; not finite where psi is 1 less a whole multiple of 2."""
-    return -curves.slope(margin, theta) / torch.sin(curves.effective_angle(margin, theta)).abs() - 1
+    return -functions.slope(margin, theta) / torch.sin(functions.effective_angle(margin, theta)).abs() - 1
 
 
 def _peak(grid: Tensor, penalty: Curve, growth: Curve, margin: MarginFunction) -> Peak:
-    """The largest penalty: where its growth ends, or the first angle of a stretch that has it."""
+    """The largest penalty: where its growth ends, or the stretch of the grid that has it."""
     sizes = penalty(margin, grid)
-    i = int(sizes.argmax())
-    size = float(sizes[i])
+    first = last = int(sizes.argmax())
+    size = float(sizes[first])
     if size - float(sizes.min()) < UNIFORM:
-        return Peak(size, None)
-    if 0 < i < len(grid) - 1:
-        low, high = grid[i - 1 : i], grid[i + 1 : i + 2]
+        return Peak(size, 0.0, math.pi)
+    if 0 < first < len(grid) - 1:
+        low, high = grid[first - 1 : first], grid[first + 1 : first + 2]
         if growth(margin, low) > GROWS and growth(margin, high) < -GROWS:
             top, _ = search.bisect(lambda theta: growth(margin, theta) > 0, low, high)
-            return Peak(float(penalty(margin, top)), float(top))
-    while i > 0 and sizes[i - 1] >= size - NOTICEABLE:
-        i -= 1
-    return Peak(size, float(grid[i]))
+            return Peak(float(penalty(margin, top)), float(top), float(top))
+    as_large = sizes >= size - NOTICEABLE
+    while first > 0 and as_large[first - 1]:
+        first -= 1
+    while last < len(grid) - 1 and as_large[last + 1]:
+        last += 1
+    return Peak(size, float(grid[first]), float(grid[last]))
