@@ -80,15 +80,14 @@ def _described(margin: MarginFunction) -> Description:
 
 
 def _table(descriptions: Sequence[Description]) -> Table:
-    table = Table(title="Margins; angles in degrees", title_justify="left")
+    table = Table(
+        title="Margins; angles in degrees",
+        caption="weak pull: where the exact gradient pulls less towards the own class than the others push",
+        title_justify="left",
+        caption_justify="left",
+    )
     table.add_column("margin", min_width=22)
-    for column in (
-        "psi falls on",
-        "largest penalty in angle",
-        "in cosine",
-        "exact pull below the others' push",
-        "exact slope",
-    ):
+    for column in ("psi falls on", "largest angular penalty", "cosine penalty", "weak pull", "exact slope"):
         table.add_column(column)
     for found in descriptions:
         angular, cosine = found.angular_peak, found.cosine_peak

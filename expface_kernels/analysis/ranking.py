@@ -105,7 +105,8 @@ class LabelNoiseRanker:
     def evaluate(self, is_noisy: Tensor, k: int | None = None) -> RankingQuality:
         """Hold the ranking of the samples seen against the truth, `is_noisy` (N,) bool.
 
-        k: for the precision; by default as many as are noisy. ValueError for another shape, or where not both noisy and clean samples were seen.
+        k: for the precision; by default as many as are noisy. ValueError for another shape, or where not both
+        noisy and clean samples were seen.
         """
         if not isinstance(is_noisy, Tensor) or is_noisy.dtype != torch.bool:
             got = is_noisy.dtype if isinstance(is_noisy, Tensor) else type(is_noisy).__name__

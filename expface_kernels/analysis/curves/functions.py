@@ -47,9 +47,10 @@ def pull(margin: MarginFunction, theta: Tensor, target_gradient: str = "exact") 
     """r = dpsi/dcos θ = −slope/sin θ (N,): the target's pull as a multiple of all other classes' push.
 
     Per unit of s·g·q the negatives' cosines are pushed with 1 altogether and the target's is pulled with r
-    (docs/math.md, section 4). Detached, r is 1 everywhere. NaN at θ = 0 where both vanish.
+    (docs/math.md, section 4). Detached, r is 1 everywhere. NaN at θ = 0 and π, where sin θ is 0.
     """
-    return -slope(margin, theta, target_gradient) / torch.sin(_angles(theta))
+    sin = torch.sin(_angles(theta))
+    return -slope(margin, theta, target_gradient) / torch.where(sin > ROUNDING, sin, torch.nan)
 
 
 def cosine_penalty(margin: MarginFunction, theta: Tensor) -> Tensor:
