@@ -9,6 +9,8 @@ R rows · the last dimension of a (R, D) tensor is a row's features
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -114,3 +116,16 @@ EAGER_GRADIENT = 1e-4, 1e-5  # the same of their gradients: relative, absolute
 def one_rounding(dtype: torch.dtype) -> float:
     """The largest relative error of rounding a right result to `dtype` once."""
     return torch.finfo(dtype).eps / 2
+
+
+# Curves of margins against closed forms: absolute up to 1, relative above.
+CURVE = 1e-12
+
+
+def effective_angle_error(phi: float) -> float:
+    """Of an angle read off a similarity: float64 rounds cos φ by 1e-16, hence φ by 1e-16/|sin φ|."""
+    return max(CURVE, 4e-16 / max(abs(math.sin(phi)), 1e-8))
+
+
+# A mean of angles: the same float64 terms in another order; relative.
+ANGLE_MEAN = 1e-12

@@ -106,10 +106,8 @@ def _finite(psi: Tensor, theta: Tensor) -> Tensor:
         raise ValueError(f"margin: expected floating point psi, got {psi.dtype}")
     wrong = ~torch.isfinite(psi)
     if wrong.any():
-        raise ValueError(
-            f"margin: expected a finite psi on [0, π], got {float(psi[wrong][0])} at "
-            f"theta = {float(theta[wrong][0]):.6g}"
-        )
+        value, at = (float(values.detach()[wrong][0]) for values in (psi, theta))
+        raise ValueError(f"margin: expected a finite psi on [0, π], got {value} at theta = {at:.6g}")
     return psi.double()
 
 
