@@ -1,4 +1,4 @@
-"""describe: what it finds of margins whose answer is known, and of made ones with jumps and flat stretches."""
+"""describe: what it finds of margins whose answer is known, and of made ones that jump or have flat stretches."""
 
 from __future__ import annotations
 
