@@ -51,6 +51,8 @@ def main(options: argparse.Namespace) -> int:
     """Describe, draw, print; returns 0. ValueError or OSError, one line, before anything is drawn."""
     if options.only and not options.margin:
         raise ValueError("--only: expected at least one --margin beside it")
+    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
+        raise ValueError(f"--json: expected a file in a directory that exists, got {options.json}")
     margins = [*([] if options.only else (make() for make in MARGINS.values())), *options.margin]
     descriptions = [_described(margin) for margin in margins]
     try:

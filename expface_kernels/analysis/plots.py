@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -111,10 +112,11 @@ def distribution_figure(angles: AngleCounts, margins: Sequence[MarginFunction]) 
     """Where an epoch's rows lay: own class against nearest other, and each margin's decision boundary."""
     figure = Figure(figsize=(7.5, 6), layout="constrained")
     axes = figure.subplots()
-    edges = torch.linspace(0, 180, angles.bins + 1)
-    counts = angles.histogram.double()
-    seen = counts.masked_fill(counts == 0, torch.nan)
-    image = axes.pcolormesh(edges, edges, seen.T, norm=LogNorm(1, max(2.0, float(counts.max()))))
+    edges = np.linspace(0, 180, angles.bins + 1)
+    counts = angles.histogram.numpy()
+    image = axes.pcolormesh(
+        edges, edges, np.ma.masked_equal(counts.T, 0), norm=LogNorm(1, max(2.0, float(counts.max())))
+    )
     figure.colorbar(image, label="rows (log scale)")
     axes.plot([0, 180], [0, 180], color="black", linewidth=0.8, label="no margin: nearest class changes")
     _draw_lines(axes, _degrees(curves.decision_boundary), margins)
@@ -135,7 +137,8 @@ def _draw_lines(
     theta = torch.linspace(0, math.pi, POINTS, dtype=torch.float64).clamp_max(math.pi)
     for i, margin in enumerate(margins):
         style = STYLES[i % len(STYLES)]
-        axes.plot(torch.rad2deg(theta), values(margin, theta), style, color=f"C{i % 10}", label=repr(margin))
+        x, y = torch.rad2deg(theta).numpy(), values(margin, theta).numpy()
+        axes.plot(x, y, style, color=f"C{i % 10}", label=repr(margin))
 
 
 def _angle_axis(axes: Axes) -> None:

@@ -88,12 +88,15 @@ def test_a_picture_holds_a_line_for_each_margin_with_its_values() -> None:
     [
         (["--margin", "softface"], "got 'softface'"),
         (["--margin", "arcface:30"], "radians, not degrees"),
-        (["--margin", f"{__name__}:broken"], "finite psi on [0, π], got inf at theta = 0"),
-        (["--margin", f"{__name__}:raising"], "'angle'"),
+        (["--only", "--margin", f"{__name__}:broken"], "finite psi on [0, π], got inf at theta = 0"),
+        (["--only", "--margin", f"{__name__}:raising"], "'angle'"),
         (["--margin", f"{__name__}:missing"], "has no attribute 'missing'"),
         (["--only"], "--only: expected at least one --margin"),
         (["--bogus"], "unrecognized arguments: --bogus"),
-        (["--json", "/nowhere/at/all.json"], "/nowhere/at/all.json"),
+        (
+            ["--json", "/nowhere/at/all.json"],
+            "expected a file in a directory that exists, got /nowhere/at/all.json",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

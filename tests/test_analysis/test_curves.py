@@ -42,7 +42,7 @@ def assert_near(actual: float, truth: Any, bound: float = CURVE, what: str = "")
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: repr(form.margin))
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(deadline=None, derandomize=True, max_examples=12)
 @given(theta=st.floats(1e-3, PI - 1e-3))
 def test_every_curve_is_its_closed_form(form: Form, theta: float) -> None:
     margin, t = form.margin, mpf(theta)
@@ -68,7 +68,7 @@ def test_every_curve_is_its_closed_form(form: Form, theta: float) -> None:
 
 
 @pytest.mark.parametrize("m", EXPONENTS)
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(deadline=None, derandomize=True, max_examples=10)
 @given(theta=st.floats(1e-3, PI - 1e-3))
 def test_expface_treats_a_row_as_at_its_bent_angle(m: float, theta: float) -> None:
     bent = mp.pi * (mpf(theta) / mp.pi) ** mpf(m)
@@ -115,7 +115,7 @@ def test_a_similarity_above_one_is_satisfied_anywhere_and_moves_the_row_closer()
 # The paper's claims.
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=80)
 @given(m=st.floats(1e-3, 1.0), theta=st.floats(1e-6, PI - 1e-6))
 def test_expface_strictly_falls_for_every_exponent(m: float, theta: float) -> None:
     ratio = mpf(theta) / mp.pi

@@ -1,4 +1,4 @@
-"""describe: what it finds of margins whose answer is known, and of made ones that jump or have flat stretches."""
+"""describe: what it finds of margins whose answer is known, and of some with jumps and flat stretches."""
 
 from __future__ import annotations
 

@@ -235,8 +235,8 @@ def test_bad_questions_are_named() -> None:
         ranker.evaluate(torch.zeros(5, dtype=torch.bool))
     before = ranker.scores
     for other in (LabelNoiseRanker(6), LabelNoiseRanker(5, smoothing=0.1)):
-        with pytest.raises(ValueError, match="other: expected num_samples 5 and smoothing 0.5"):
+        with pytest.raises(ValueError, match=r"other: expected num_samples 5 and smoothing 0\.5"):
             ranker.merge(other)
-        with pytest.raises(ValueError, match="state: expected num_samples 5 and smoothing 0.5"):
+        with pytest.raises(ValueError, match=r"state: expected num_samples 5 and smoothing 0\.5"):
             ranker.load_state_dict(other.state_dict())
     torch.testing.assert_close(ranker.scores, before, rtol=0, atol=0, equal_nan=True)
