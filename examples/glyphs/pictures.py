@@ -1,10 +1,11 @@
-"""The demo's pictures: training curves, ROC, histograms of cosines, and queries with their nearest glyphs.
+"""Pictures: training curves, ROC, histograms of cosines, queries with their nearest glyphs, suspected labels.
 
 Shapes: K characters, F fonts, D features.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,10 +124,11 @@ def nearest_sheet(path: Path, test: GlyphSet, e: Tensor, queries: int = 16, near
     figure, axes = plt.subplots(figsize=(0.75 * (width + 1), 0.75 * height + 0.9), layout="constrained")
     for i, row in enumerate(rows):
         top = 1.3 * i
-        _glyph(axes, test, row.query, (0, top), "black")
+        _glyph(axes, test.images[row.query], (0, top), "black")
         axes.text(-0.15, top + 0.5, test.fonts[row.query[1]], ha="right", va="center", fontsize=8)
         for j, (place, cosine) in enumerate(zip(row.found, row.cosines, strict=True)):
-            _glyph(axes, test, place, (1.3 + j, top), _RIGHT if place[0] == row.query[0] else _WRONG)
+            color = _RIGHT if place[0] == row.query[0] else _WRONG
+            _glyph(axes, test.images[place], (1.3 + j, top), color)
             axes.text(1.75 + j, top + 1.08, f"{cosine:.2f}", ha="center", va="center", fontsize=7)
     axes.text(0.45, -0.25, "query", ha="center", fontsize=9)
     axes.text(1.75, -0.25, "nearest", ha="center", fontsize=9)
@@ -140,13 +142,56 @@ def nearest_sheet(path: Path, test: GlyphSet, e: Tensor, queries: int = 16, near
     _save(figure, path)
 
 
-def _glyph(
-    axes: Axes, test: GlyphSet, place: tuple[int, int], corner: tuple[float, float], color: str
-) -> None:
-    """Draw the glyph at `place` 0.9 units wide with its upper left at `corner`, in a frame."""
+@dataclass(frozen=True)
+class Suspect:
+    """A sample whose label looks wrong; classes are shown by an image that is sure of its label.
+
+    image, given, likely (32, 32) uint8; score in radians, as LabelNoiseRanker has it.
+    """
+
+    image: Tensor
+    given: Tensor
+    likely: Tensor
+    score: float
+    is_noisy: bool  # the label was flipped
+    is_right: bool  # the likely class is the true one
+
+
+def suspect_sheet(path: Path, suspects: Sequence[Suspect], columns: int = 6) -> None:
+    """Suspects in the order of their rank, row by row: the image, the class given to it, the likely class.
+
+    The given class is framed red where the label was flipped, else green; the likely class green where it is
+    the true one.
+    """
+    rows = math.ceil(len(suspects) / columns)
+    wide, high = 3.5, 1.35  # of a suspect, in glyphs
+    width, height = columns * wide, rows * high
+    figure, axes = plt.subplots(figsize=(0.55 * width, 0.55 * height + 1), layout="constrained")
+    for i, suspect in enumerate(suspects):
+        left, top = (i % columns) * wide, (i // columns) * high
+        _glyph(axes, suspect.image, (left, top), "black")
+        _glyph(axes, suspect.given, (left + 1, top), _WRONG if suspect.is_noisy else _RIGHT)
+        _glyph(axes, suspect.likely, (left + 2, top), _RIGHT if suspect.is_right else _WRONG)
+        label = f"{i + 1}: {math.degrees(suspect.score):.0f}°"
+        axes.text(left + 0.45, top + 1.08, label, ha="center", va="center", fontsize=7)
+    for column in range(columns):
+        for j, name in enumerate(("image", "given", "likely")):
+            axes.text(column * wide + j + 0.45, -0.2, name, ha="center", fontsize=7)
+    axes.set(xlim=(-0.1, width), ylim=(height, -0.5), aspect="equal")
+    axes.axis("off")
+    figure.suptitle(
+        "The most suspicious labels. Below: rank, and how much farther the given class is than the likely one.\n"
+        "given: red = the label was flipped, green = it is right; likely: green = it is the true class",
+        fontsize=9,
+    )
+    _save(figure, path)
+
+
+def _glyph(axes: Axes, image: Tensor, corner: tuple[float, float], color: str) -> None:
+    """Draw `image` (32, 32) 0.9 units wide with its upper left at `corner`, in a frame."""
     left, top = corner
     extent = (left, left + 0.9, top + 0.9, top)
-    axes.imshow(test.images[place].numpy(), cmap="gray_r", vmin=0, vmax=255, extent=extent)
+    axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255, extent=extent)
     axes.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=color, linewidth=1.6))
 
 
