@@ -51,7 +51,7 @@ class Found:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where data, training or AUC are not as they should be; 2 for bad input."""
+    """Returns the exit status: 0; 1 where data, training or AUC are not as they should; 2 for bad input."""
     options = _parser().parse_args(arguments)
     console = Console(highlight=False)
     try:
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.toy:
         recipe = Recipe(epochs=recipe.epochs, batch=64, seed=recipe.seed)
     console.print(
-        f"{int(is_noisy.sum()):,} of {len(images):,} images of {classes:,} kanji in {len(glyphs.fonts)} fonts "
-        f"get a wrong label. Training for {recipe.epochs} epochs with ExpFace, scale {SCALE:g}."
+        f"{int(is_noisy.sum()):,} of {len(images):,} images of {classes:,} kanji in {len(glyphs.fonts)} "
+        f"fonts get a wrong label. Training for {recipe.epochs} epochs with ExpFace, scale {SCALE:g}."
     )
     try:
         found = search(images, labels, classes, recipe, console)
@@ -181,10 +181,15 @@ def _save_pictures(
     suspects = []
     for i in found.ranker.ranking()[:count].tolist():
         given, guess, true = int(labels[i]), int(likely[i]), int(truth[i])
-        shown = (images[sure[c], 0] if c in sure else blank for c in (given, guess))
-        suspects.append(
-            pictures.Suspect(images[i, 0], *shown, float(scores[i]), given != true, guess == true)
+        suspect = pictures.Suspect(
+            image=images[i, 0],
+            given=images[sure[given], 0],
+            likely=images[sure[guess], 0] if guess in sure else blank,
+            score=float(scores[i]),
+            is_noisy=given != true,
+            is_right=guess == true,
         )
+        suspects.append(suspect)
     pictures.suspect_sheet(out / "suspects.png", suspects)
     found.monitor.draw(out / "angles.png", [ExpFace(), ArcFace(), CosFace()])
 

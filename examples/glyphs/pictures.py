@@ -180,7 +180,7 @@ def suspect_sheet(path: Path, suspects: Sequence[Suspect], columns: int = 6) -> 
     axes.set(xlim=(-0.1, width), ylim=(height, -0.5), aspect="equal")
     axes.axis("off")
     figure.suptitle(
-        "The most suspicious labels. Below: rank, and how much farther the given class is than the likely one.\n"
+        "The most suspicious labels. Below: rank, how much farther the given class is than the likely one.\n"
         "given: red = the label was flipped, green = it is right; likely: green = it is the true class",
         fontsize=9,
     )

@@ -109,6 +109,7 @@ def test_a_poor_ranking_ends_with_an_error(
     monkeypatch.setattr(find_wrong_labels, "_chosen", lambda glyphs, _: toy(glyphs, True))
     poor = RankingQuality(0.97, 0.5, 43)
     monkeypatch.setattr(LabelNoiseRanker, "evaluate", lambda *_: poor)
+    monkeypatch.setattr(find_wrong_labels, "_save_pictures", lambda *_: None)  # another test's
     assert find_wrong_labels.main(["--epochs", "1", "--out", str(tmp_path)]) == 1
     assert "error: AUC 0.9700, expected at least 0.98" in capsys.readouterr().err
     assert find_wrong_labels.main(["--epochs", "1", "--toy", "--out", str(tmp_path)]) == 0
