@@ -53,7 +53,7 @@ class Found:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where data, training or AUC are not as they should; 2 for bad input."""
     options = _parser().parse_args(arguments)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     try:
         glyphs = _chosen(load(options.data).train, options.toy)
     except DataError as error:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(error, 1)
     quality = _report(console, found, is_noisy)
     _save_pictures(options.out, found, images, labels, truth, options.suspects)
-    console.print(f"The top {options.suspects} suspects: {options.out / 'suspects.png'}", soft_wrap=True)
+    console.print(f"The top {options.suspects} suspects: {options.out / 'suspects.png'}")
     if quality is not None and quality.auc < AUC_NEEDED and not options.toy:
         return _failed(f"AUC {quality.auc:.4f}, expected at least {AUC_NEEDED}", 1)
     return 0
