@@ -19,10 +19,8 @@ class GlyphNet(nn.Module):
         a, b, c, d = WIDTHS
         self.features = nn.Sequential(
             *_convolution(1, a, kernel=5, stride=2),
-            *_convolution(a, b),
-            nn.MaxPool2d(2),
-            *_convolution(b, c),
-            nn.MaxPool2d(2),
+            *_convolution(a, b, pool=2),
+            *_convolution(b, c, pool=2),
             *_convolution(c, d),
             nn.Flatten(),
         )
@@ -35,9 +33,13 @@ class GlyphNet(nn.Module):
         return self.norm(self.embed(self.features(x)))
 
 
-def _convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+def _convolution(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, pool: int = 1
+) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    # The maximum of ReLUs is the ReLU of the maximum, which has a quarter of the numbers.
+    pooling = [nn.MaxPool2d(pool)] if pool > 1 else []
+    return [convolution, nn.BatchNorm2d(outputs), *pooling, nn.ReLU(inplace=True)]
 
 
 def make_net(seed: int) -> GlyphNet:

@@ -1,5 +1,6 @@
 """The demo end to end at toy size, its errors, and the demand on quality."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from examples.glyphs import augment as augmentation
 from examples.glyphs import demo, pictures
 from examples.glyphs.augment import augment
 from examples.glyphs.head_timing import EagerHead, Size, extra_bytes_in_subprocesses
@@ -146,6 +149,17 @@ def test_augmentation_keeps_glyphs_recognisable_and_changes_each() -> None:
     assert not torch.equal(first[0], first[1])
     assert first[:, :, 12:20, 15:17].mean() > 0.4  # the bar is still there
     assert first[:, :, :, :4].abs().mean() < 0.2  # and not all over the place
+
+
+def test_augmentation_pools_and_bends_as_torch_does() -> None:
+    x = torch.randn((3, 1, 32, 32))
+    torch.testing.assert_close(augmentation._pool3(x, torch.maximum, -math.inf), F.max_pool2d(x, 3, 1, 1))
+    torch.testing.assert_close(augmentation._pool3(x, torch.add, 0.0) / 9, F.avg_pool2d(x, 3, 1, 1))
+    affine, coarse = torch.randn((3, 2, 3)), torch.randn((3, 2, 5, 5))
+    grid = torch.cat((affine, coarse.flatten(2)), dim=2) @ augmentation._grid_basis(32, 32)
+    expected = F.affine_grid(affine, [3, 1, 32, 32], align_corners=False).permute(0, 3, 1, 2)
+    expected = expected + F.interpolate(coarse, (32, 32), mode="bicubic", align_corners=True)
+    torch.testing.assert_close(grid.view(3, 2, 32, 32), expected)
 
 
 def test_net_has_the_published_size_and_embeds_to_unit_length() -> None:
