@@ -111,6 +111,11 @@ SUM_ORDER = 1e-6  # relative: the same float32 terms, summed in another order
 SAME_TRAINING = 1e-3  # relative: two runs of one seed, which threads sum in different orders
 EAGER_LOSS = 1e-5  # relative and absolute: two float32 heads against one another
 EAGER_GRADIENT = 1e-4, 1e-5  # the same of their gradients: relative, absolute
+CLOSED_FORM = 1e-12  # relative: a float64 formula against another way to write it
+CENTRAL_DIFFERENCE = 1e-6, 1e-8  # of a float64 curve over 1e-6: relative, absolute
+SIX_DIGITS = 1e-5  # relative: what is kept with six digits
+BOOTSTRAP_COVERAGE = 0.02  # of 95% over 1,500 samples, whose own deviation is 0.006
+CHI_SQUARE_3 = 16.3  # 3 degrees of freedom: exceeded once in 1,000
 
 
 def one_rounding(dtype: torch.dtype) -> float:

@@ -36,12 +36,13 @@ class GlyphSet:
         labels = torch.arange(len(self.characters))[:, None].expand(self.present.shape)
         return self.images[self.present][:, None], labels[self.present]
 
-    def subset(self, characters: int, fonts: int) -> GlyphSet:
-        """The first `characters` and `fonts` of the set."""
+    def subset(self, characters: int, fonts: int, skip: int = 0) -> GlyphSet:
+        """The first `characters` after `skip` of them, in the first `fonts` of the set."""
+        chosen = slice(skip, skip + characters)
         return GlyphSet(
-            self.images[:characters, :fonts],
-            self.present[:characters, :fonts],
-            self.characters[:characters],
+            self.images[chosen, :fonts],
+            self.present[chosen, :fonts],
+            self.characters[chosen],
             self.fonts[:fonts],
         )
 

@@ -1,0 +1,173 @@
+"""The report's tables as markdown, for a page or a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .plan import CONDITIONS, FINAL, MEND
+from .tables import DECISIVE, METRICS, WIDEST, shown_epochs
+
+CAPTIONS = {
+    "accuracy": "Accuracy against the share of wrong rows, mean and standard deviation over seeds",
+    "gradient": "Share of the target gradient on wrong rows by epoch; dotted: their share of the rows",
+    "angles": "Angles of right and wrong rows to the centre of their label: first, middle and last epoch",
+    "mending": "Mean angle of the right rows with the exact gradient, and with what may mend it",
+}
+Row = dict[str, Any]
+
+
+def markdown(found: Row, pictures: str) -> str:
+    """All tables, under the questions that they answer; `pictures` is the path to their folder."""
+    gradient = [
+        {**row, "name": f"{_name(row)}, epoch {row['epoch']}"} for row in found["gradient_differences"]
+    ]
+    judged = [{**row, "name": _name(row)} for row in found["differences"]]
+    final, mend = ([row for row in judged if row["stage"] == stage] for stage in (FINAL, MEND))
+    parts = [
+        _head(found),
+        _choice(found),
+        "### (a) Where wrong rows sit",
+        _epochs(found, FINAL, _angles, "mean angle of right / wrong rows, epoch {}"),
+        _picture(found, "angles", pictures),
+        "### (b) How much of the gradient wrong rows take",
+        _epochs(found, FINAL, _shares, "% of abs(∂L/∂θ) / of s·q on wrong rows, epoch {}"),
+        _by_condition("ExpFace's share less the other's, points [95%]", gradient, _points),
+        _picture(found, "gradient", pictures),
+        "### (c) What it does to verification",
+        _by_condition(f"{DECISIVE} on test", _rows(found["accuracy"], FINAL), _plus_minus),
+        _picture(found, "accuracy", pictures),
+        _by_condition(f"difference of {DECISIVE}, points [95%]", final, _said),
+        "### (d) What mends the exact gradient",
+        _epochs(found, MEND, _angles, "mean angle of right / wrong rows, epoch {}"),
+        _picture(found, "mending", pictures),
+        _by_condition(f"{DECISIVE} on test", _rows(found["accuracy"], MEND), _plus_minus),
+        _by_condition(f"difference of {DECISIVE}, points [95%]", mend, _said),
+        "### All figures",
+        _accuracy(found),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(found: Row) -> str:
+    runs, where = found["runs"], ", ".join(found["machines"])
+    return (
+        f"{runs['final']} runs on test, {runs['mend']} of the mending series, {runs['choice']} tries: "
+        f"{found['core_hours']:.1f} core hours on {where}, torch {', '.join(found['torch'])}. "
+        f"Mean ± standard deviation over seeds. A difference is *undecided* where its interval is wider than "
+        f"±{100 * WIDEST:g} points."
+    )
+
+
+def _choice(found: Row) -> str:
+    """The chosen m and s, and what the best, the second and the worst try scored."""
+    rows = []
+    for row in found["choice"]:
+        best, second, worst = row["tries"][0], row["tries"][1], row["tries"][-1]
+        m = "" if best["m"] is None else f"{best['m']:g}"
+        figures = [f"{entry['score']:.3f}" for entry in (best, second, worst)]
+        rows.append([row["title"], CONDITIONS[row["condition"]].title, m, f"{best['scale']:g}", *figures])
+    columns = ["head", "chosen under", "m", "s", f"its {DECISIVE} on validation", "second try", "worst try"]
+    return _table(columns, rows)
+
+
+def _rows(rows: Sequence[Row], stage: str) -> list[Row]:
+    return [{**row, "name": row["title"]} for row in rows if row["stage"] == stage]
+
+
+def _by_condition(corner: str, rows: Sequence[Row], show: Callable[[Row], str]) -> str:
+    """One line for each `name` of the rows, one column for each of their conditions."""
+    conditions = [name for name in CONDITIONS if any(row["condition"] == name for row in rows)]
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(row["name"], {})[row["condition"]] = show(row)
+    columns = [corner, *(CONDITIONS[condition].title for condition in conditions)]
+    return _table(
+        columns,
+        [[name, *(cells.get(condition, "") for condition in conditions)] for name, cells in lines.items()],
+    )
+
+
+def _epochs(found: Row, stage: str, show: Callable[[Row], str], column: str) -> str:
+    """What noisy conditions looked like at the first, the middle and the last epoch."""
+    rows = [
+        row
+        for row in found["noise"]
+        if row["stage"] == stage and CONDITIONS[row["condition"]].share and row["epochs"]
+    ]
+    if not rows:
+        return ""
+    epochs = shown_epochs(max(len(row["epochs"]) for row in rows))
+    cells = [
+        [
+            CONDITIONS[row["condition"]].title,
+            row["title"],
+            *(show(row["epochs"][epoch - 1]) if epoch <= len(row["epochs"]) else "" for epoch in epochs),
+        ]
+        for row in rows
+    ]
+    first, *others = epochs
+    return _table(
+        ["training set", "head", column.format(first), *(f"epoch {epoch}" for epoch in others)], cells
+    )
+
+
+def _angles(epoch: Row) -> str:
+    return " / ".join(f"{epoch[group]['angle_mean']:.0f}°" for group in ("clean", "noisy") if epoch[group])
+
+
+def _shares(epoch: Row) -> str:
+    shares = (epoch["gradient_share"], epoch["push_share"])
+    return " / ".join("none" if share is None else f"{100 * share:.0f}" for share in shares)
+
+
+def _accuracy(found: Row) -> str:
+    rows = []
+    for row in found["accuracy"]:
+        n = f"{len(row['seeds'])}" + (f" ({row['diverged']} diverged)" if row["diverged"] else "")
+        series = {FINAL: "chosen", MEND: "published"}[row["stage"]]
+        figures = [_figure(row[name]) for name in (*METRICS, "rank-1")]
+        rows.append([CONDITIONS[row["condition"]].title, row["title"], series, n, *figures])
+    return _table(["training set", "head", "m and s", "seeds", *METRICS, "rank-1"], rows)
+
+
+def _plus_minus(row: Row) -> str:
+    return _figure(row[DECISIVE])
+
+
+def _figure(value: dict[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "none"
+    return f"{value['mean']:.3f}" + ("" if value["deviation"] is None else f" ± {value['deviation']:.3f}")
+
+
+def _name(row: Row) -> str:
+    return f"{row['a']} − {row['b']}"
+
+
+def _said(row: Row) -> str:
+    """The difference and what may be said of it."""
+    if row["higher"]:
+        size = "" if row["decided"] else ", by how much is undecided"
+        return f"{_points(row)} **{row[row['higher']]} higher**{size}"
+    return f"{_points(row)} {'no difference found' if row['decided'] else 'undecided'}"
+
+
+def _points(row: Row) -> str:
+    if row["mean"] is None:
+        return "none"
+    if row["low"] is None:
+        return f"{100 * row['mean']:+.1f}"
+    return f"{100 * row['mean']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+
+
+def _picture(found: Row, name: str, folder: str) -> str:
+    return f"![{CAPTIONS[name]}]({folder}/{name}.png)" if name in found["pictures"] else ""
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; nothing where there are no rows."""
+    if not rows:
+        return ""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

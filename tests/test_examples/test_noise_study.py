@@ -1,0 +1,371 @@
+"""The label-noise study's parts: heads, what is recorded, the plan, the folder, choice, statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from examples.glyphs import dataset
+from examples.glyphs.study import choice, plan, training
+from examples.glyphs.study.data import training_rows
+from examples.glyphs.study.heads import MARGINS, MODES, Floored, follow_schedule, make_head, slope
+from examples.glyphs.study.plan import CHOICE, FINAL, MEND, Run, StudyError
+from examples.glyphs.study.recorder import BIN_DEGREES, EpochRecorder
+from examples.glyphs.study.statistics import Difference, bootstrap_interval, paired_difference
+from examples.glyphs.study.store import Store
+from examples.glyphs.training import EpochRecord, Recipe, Step, TrainingError
+from expface_kernels import ArcFace, CosFace, ExpFace, MarginSoftmaxHead
+from tests.tolerances import BOOTSTRAP_COVERAGE, CENTRAL_DIFFERENCE, CLOSED_FORM, SIX_DIGITS
+
+ANGLES = torch.linspace(0.02, math.pi - 0.02, 200, dtype=torch.float64)
+RUN = Run(FINAL, "flip30", "expface", "exact", 0.7, 8.0, 0)
+
+
+@pytest.fixture(scope="module")
+def glyphs() -> dataset.Glyphs:
+    return dataset.load()
+
+
+# Heads
+
+
+def test_a_floored_slope_is_the_steeper_of_the_margins_and_the_cosines() -> None:
+    phi = math.pi * (ANGLES / math.pi) ** 0.7
+    exact = -0.7 * (ANGLES / math.pi) ** -0.3 * torch.sin(phi)
+    expected = torch.minimum(exact, -torch.sin(ANGLES))
+    torch.testing.assert_close(
+        slope(Floored(ExpFace(0.7)), ANGLES, "exact"), expected, rtol=CLOSED_FORM, atol=0
+    )
+    assert (expected == exact).any()
+    assert (expected < exact).any()
+
+
+def test_a_floored_margin_keeps_its_value_and_never_pushes_away() -> None:
+    for margin in (ArcFace(0.5), ExpFace(0.7), CosFace(0.35)):
+        torch.testing.assert_close(
+            Floored(margin)(ANGLES), margin(ANGLES), rtol=CLOSED_FORM, atol=CLOSED_FORM
+        )
+        assert bool((slope(Floored(margin), ANGLES, "exact") <= -torch.sin(ANGLES)).all())
+    assert bool((slope(ArcFace(0.5), ANGLES, "exact") > 0).any())  # which plain ArcFace does near π
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_slopes_are_those_that_training_takes(name: str) -> None:
+    head = make_head(name, "exact", None if name == "normface" else 1.0, 8.0, 3, seed=0)
+    torch.testing.assert_close(
+        slope(head.margin, ANGLES, "detached"), -torch.sin(ANGLES), rtol=CLOSED_FORM, atol=0
+    )
+    step, (relative, absolute) = 1e-6, CENTRAL_DIFFERENCE
+    difference = (head.margin(ANGLES + step) - head.margin(ANGLES - step)) / (2 * step)
+    torch.testing.assert_close(slope(head.margin, ANGLES, "exact"), difference, rtol=relative, atol=absolute)
+
+
+def test_schedules_change_what_they_say_and_when() -> None:
+    def at(mode: str, done: float) -> tuple[str, float]:
+        head = make_head("expface", mode, 0.7, 32.0, 5, seed=0)
+        follow_schedule(head, mode, 32.0, done)
+        return head.target_gradient, head.scale
+
+    assert at("detached", 0.9) == ("detached", 32.0)
+    assert at("exact", 0.1) == ("exact", 32.0)
+    assert [at("later", done) for done in (0.0, 0.49, 0.5, 0.9)] == [
+        ("detached", 32.0),
+        ("detached", 32.0),
+        ("exact", 32.0),
+        ("exact", 32.0),
+    ]
+    assert [at("rising", done) for done in (0.0, 0.25, 0.5, 0.9)] == [
+        ("exact", 8.0),
+        ("exact", 20.0),
+        ("exact", 32.0),
+        ("exact", 32.0),
+    ]
+    assert at("floored", 0.3) == ("exact", 32.0)
+    assert isinstance(make_head("expface", "floored", 0.7, 32.0, 5, seed=0).margin, Floored)
+
+
+# What is recorded
+
+
+def brute_force(
+    head: MarginSoftmaxHead, x: torch.Tensor, y: torch.Tensor, mode: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Angle in degrees, |∂loss/∂θ| and s·q of each row, from all logits in float64."""
+    cosines = (
+        torch.nn.functional.normalize(x.double())
+        @ torch.nn.functional.normalize(head.weight.detach().double()).T
+    )
+    theta = torch.arccos(cosines.gather(1, y[:, None])[:, 0]).requires_grad_()
+    inside = head.margin(theta.detach()) + torch.cos(theta) - torch.cos(theta).detach()
+    psi = head.margin(theta) if mode == "exact" else inside
+    logits = head.scale * cosines.scatter(1, y[:, None], 0.0)
+    logits = torch.where(
+        torch.nn.functional.one_hot(y, len(head.weight)).bool(), head.scale * psi[:, None], logits
+    )
+    loss = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
+    (pull,) = torch.autograd.grad(loss, theta)
+    q = 1 - torch.softmax(logits.detach(), 1).gather(1, y[:, None])[:, 0]
+    return torch.rad2deg(theta.detach()), pull.abs(), head.scale * q
+
+
+@pytest.mark.parametrize("mode", ["detached", "exact"])
+def test_an_epoch_is_recorded_as_a_brute_force_pass_finds_it(mode: str) -> None:
+    head = make_head("arcface", mode, 0.5, 8.0, 12, seed=1)
+    is_noisy = torch.arange(90) % 4 == 0
+    recorder = EpochRecorder(is_noisy)
+    x, y = torch.randn((90, 128)) + 0.1, torch.randint(12, (90,))
+    order = torch.randperm(90)
+    for number, rows in enumerate(order.split(30), 1):
+        loss, stats = head(x[rows], y[rows], return_stats=True)
+        recorder.add(Step(1, number, 3, loss.item(), 0.0, rows, stats), head)
+    found = recorder.close(EpochRecord(1, 2.5, 80.0, 1.0, 1.0))
+    angle, pull, push = brute_force(head, x, y, mode)
+    assert found["gradient_share"] == pytest.approx(float(pull[is_noisy].sum() / pull.sum()), rel=SIX_DIGITS)
+    assert found["push_share"] == pytest.approx(float(push[is_noisy].sum() / push.sum()), rel=SIX_DIGITS)
+    assert found["noisy_rows"] == 23
+    for group, members in (("clean", ~is_noisy), ("noisy", is_noisy)):
+        values = angle[members].numpy()
+        assert found[group]["angle_mean"] == pytest.approx(values.mean(), rel=SIX_DIGITS)
+        assert found[group]["angle_percentiles"] == pytest.approx(
+            np.percentile(values, (5, 25, 50, 75, 95)), rel=SIX_DIGITS
+        )
+        assert (
+            found[group]["histogram"]
+            == np.bincount((values // BIN_DEGREES).astype(int), minlength=45).tolist()
+        )
+    assert found["target_gradient"] == mode
+    assert found["scale"] == 8.0
+    json.dumps(found)
+
+
+def test_without_wrong_rows_there_is_no_share() -> None:
+    head = make_head("normface", "detached", None, 8.0, 5, seed=0)
+    recorder = EpochRecorder(torch.zeros(8, dtype=torch.bool))
+    _, stats = head(torch.randn(8, 128), torch.arange(8) % 5, return_stats=True)
+    recorder.add(Step(1, 1, 1, 1.0, 0.0, torch.arange(8), stats), head)
+    found = recorder.close(EpochRecord(1, 1.0, 0.0, 1.0, 1.0))
+    assert found["gradient_share"] is None
+    assert found["noisy"] is None
+    assert sum(found["clean"]["histogram"]) == 8
+
+
+# The plan
+
+
+def test_the_study_is_the_one_that_is_described() -> None:
+    configuration = plan.full()
+    assert {len(tries) for tries in configuration.tries.values()} == {6}
+    chosen = {key: configuration.tries[key[0][0]][0] for key in plan.choices(plan.CELLS)}
+    judged = plan.judged_runs(configuration, plan.CELLS, plan.SEEDS, chosen)
+    runs = [*plan.choice_runs(configuration, plan.CELLS), *judged]
+    assert [sum(run.stage == stage for run in runs) for stage in (FINAL, MEND, CHOICE)] == [96, 30, 96]
+    assert len({run.name for run in runs}) == len(runs)
+    for condition in plan.CONDITIONS:
+        heads = {run.head for run in judged if run.stage == FINAL and run.condition == condition}
+        assert heads == set(plan.HEADS)
+        assert {run.seed for run in judged if run.condition == condition} == {0, 1, 2}
+    assert configuration.choice_seed not in plan.SEEDS
+    assert {run.mode for run in judged if run.stage == MEND} == set(MODES)
+    assert sum(plan.images(run, configuration) for run in runs) == 126 * 320_000 + 96 * 63_488
+
+
+def test_outsiders_are_in_no_other_part_of_the_data(glyphs: dataset.Glyphs) -> None:
+    configuration = plan.full()
+    known = glyphs.train.subset(configuration.characters, configuration.fonts)
+    outsiders = glyphs.train.subset(
+        configuration.outsiders, configuration.fonts, skip=configuration.characters
+    )
+    parts = [known.characters, outsiders.characters, glyphs.validation.characters, glyphs.test.characters]
+    assert [len(part) for part in parts] == [1600, 600, 250, 500]
+    assert len(set("".join(parts))) == sum(len(part) for part in parts)
+
+
+def test_rows_are_wrong_as_the_condition_says_and_alike_for_every_head(glyphs: dataset.Glyphs) -> None:
+    configuration = plan.quick()
+    clean = training_rows(glyphs.train, configuration, replace(RUN, condition="clean"))
+    assert not clean.is_noisy.any()
+    for condition, share in (("flip15", 0.15), ("flip30", 0.3), ("outsiders30", 0.3)):
+        rows = training_rows(glyphs.train, configuration, replace(RUN, condition=condition))
+        other = training_rows(
+            glyphs.train, configuration, replace(RUN, condition=condition, margin="cosface")
+        )
+        assert int(rows.is_noisy.sum()) == round(share * len(rows.labels))
+        assert torch.equal(rows.is_noisy, other.is_noisy)
+        assert torch.equal(rows.labels, other.labels)
+        changed = (rows.labels != clean.labels) | (rows.images != clean.images).flatten(1).any(1)
+        assert torch.equal(changed, rows.is_noisy)
+        assert not torch.equal(
+            rows.is_noisy,
+            training_rows(glyphs.train, configuration, replace(RUN, condition=condition, seed=1)).is_noisy,
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((None, ["flip99"]), "conditions: expected some of clean, flip15, flip30, outsiders30, got flip99"),
+        (([("expface", "floored")], ["clean"]), "no part of the study has both"),
+    ],
+)
+def test_parts_that_do_not_exist_are_named(arguments: tuple[Any, Any], words: str) -> None:
+    with pytest.raises(StudyError, match=words):
+        plan.cells(*arguments)
+
+
+def test_an_unknown_head_is_named_with_those_there_are() -> None:
+    with pytest.raises(StudyError, match=r"expected some of normface-detached, .*, got arcface"):
+        plan.head_named("arcface")
+
+
+# One run
+
+
+def test_a_run_repeats_itself_and_a_choice_never_looks_at_test(glyphs: dataset.Glyphs) -> None:
+    configuration = plan.quick()
+    without_test = replace(plan.evaluated(glyphs, configuration), test=None)  # type: ignore[arg-type]
+    run = Run(CHOICE, "flip30", "expface", "exact", 0.7, 8.0, configuration.choice_seed)
+    first, second = (
+        training.train_run(without_test, configuration, run, lambda step: None) for _ in range(2)
+    )
+    assert first["judged_on"] == "validation"
+    assert first["result"] == second["result"]
+    assert first["epochs"] == second["epochs"]
+    assert 0 < first["epochs"][0]["gradient_share"] < 1
+
+
+def test_a_final_run_looks_at_test_alone_and_follows_its_schedule(glyphs: dataset.Glyphs) -> None:
+    configuration = plan.quick()
+    without_validation = replace(plan.evaluated(glyphs, configuration), validation=None)  # type: ignore[arg-type]
+    run = Run(MEND, "flip30", "expface", "later", 0.7, 32.0, 0)
+    record = training.train_run(without_validation, configuration, run, lambda step: None)
+    assert record["judged_on"] == "test"
+    assert set(record["result"]["tar"]) == {"0.01", "0.001", "0.0001"}
+    assert [epoch["target_gradient"] for epoch in record["epochs"]] == ["detached", "exact"]
+
+
+def test_a_training_that_diverges_is_a_result(
+    glyphs: dataset.Glyphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*arguments: Any) -> Any:
+        raise TrainingError("the loss is nan at step 3 of 8: training diverged")
+        yield
+
+    monkeypatch.setattr(training, "train", diverge)
+    record = training.train_run(glyphs, plan.quick(), RUN, lambda step: None)
+    assert record["result"] is None
+    assert "diverged" in record["failed"]
+
+
+# The folder
+
+
+def test_a_folder_of_another_configuration_is_refused_and_left_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path, plan.quick())
+    store.open()
+    store.save(RUN, {"result": {"rank1": 0.5}})
+    store.open()  # the same again
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    other = Store(tmp_path, replace(plan.quick(), recipe=Recipe(epochs=3, batch=24)))
+    with pytest.raises(
+        StudyError, match=r"configuration\.recipe\.epochs: expected 3, got 2.*Nothing was changed"
+    ):
+        other.open()
+    with pytest.raises(StudyError, match=r"configuration\.recipe\.epochs: expected 3, got 2"):
+        other.load(RUN)
+    with pytest.raises(StudyError, match=r"run\.scale: expected 24\.0, got 8\.0"):
+        store.load(replace(RUN, scale=24.0))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+
+
+def test_runs_come_back_as_they_went(tmp_path: Path) -> None:
+    store = Store(tmp_path, plan.quick())
+    other = replace(RUN, m=None, margin="normface", mode="detached")
+    store.save(RUN, {"result": 1})
+    store.save(other, {"result": 2})
+    assert {run: record["result"] for run, record in store.load_all().items()} == {RUN: 1, other: 2}
+    assert store.load(replace(RUN, seed=7)) is None
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path, plan.quick())
+    store.save(RUN, {})
+    for text, words in (
+        ('{"run": ', "cannot be read"),
+        ("[1]", "expected a JSON object"),
+        ('{"run": {}}', "of a run"),
+    ):
+        store.path(RUN).write_text(text)
+        with pytest.raises(StudyError, match=words):
+            store.load_all()
+
+
+def test_a_stop_while_writing_leaves_no_half_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path, plan.quick())
+
+    def stop(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(RUN, {})
+    assert store.load(RUN) is None
+    assert store.load_all() == {}
+
+
+# Choice and statistics
+
+
+def test_the_best_try_is_chosen_for_each_condition_and_ties_go_to_the_first() -> None:
+    configuration = plan.quick()
+    cells = plan.cells([("cosface", "detached")], ["clean", "flip15"])
+    low, high = configuration.tries["cosface"]
+    scores = {("clean", low): 0.6, ("clean", high): 0.6, ("flip30", low): 0.2, ("flip30", high): 0.3}
+    runs = plan.choice_runs(configuration, cells)
+    records = {run: {"result": {"tar": {"0.001": scores[run.condition, (run.m, run.scale)]}}} for run in runs}
+    head = ("cosface", "detached")
+    assert choice.choose(configuration, records, cells) == {(head, "clean"): low, (head, "flip30"): high}
+    diverged = {run: {"result": None} if run.m == high[0] else record for run, record in records.items()}
+    assert choice.choose(configuration, diverged, cells)[head, "flip30"] == low
+    with pytest.raises(StudyError, match="cosface-detached, flip30: 1 of its tries"):
+        choice.choose(configuration, dict(list(records.items())[:-1]), cells)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 9])
+def test_intervals_cover_what_they_promise(n: int) -> None:
+    samples = np.random.default_rng(7).normal(0.3, 2.0, (1500, n))
+    intervals = np.array([bootstrap_interval(values) for values in samples])
+    covered = ((intervals[:, 0] <= 0.3) & (intervals[:, 1] >= 0.3)).mean()
+    assert abs(covered - 0.95) < BOOTSTRAP_COVERAGE
+
+
+def test_differences_are_paired_by_seed() -> None:
+    noise = {0: 0.1, 1: 0.5, 2: -0.3, 3: 0.2}
+    a = {seed: 0.7 + value for seed, value in noise.items()}
+    b = {seed: 0.69 + value for seed, value in noise.items() if seed != 3}
+    found = paired_difference(a, b)
+    assert found is not None
+    assert found.n == 3
+    assert found.mean == pytest.approx(0.01)
+    assert found.low == pytest.approx(0.01)  # the seeds' own ups and downs are gone
+    assert paired_difference(a, {9: 1.0}) is None
+    single = paired_difference({0: 0.5}, {0: 0.4})
+    assert single is not None
+    assert single.low is None
+
+
+def test_what_is_decided_and_who_is_higher() -> None:
+    assert Difference(3, 0.03, 0.02, 0.04).decided(0.02)
+    assert Difference(3, 0.03, 0.02, 0.04).higher == "a"
+    assert Difference(3, -0.03, -0.04, -0.02).higher == "b"
+    assert Difference(3, 0.0, -0.01, 0.01).higher is None
+    assert not Difference(3, 0.3, 0.2, 0.4).decided(0.02)
+    assert not Difference(2, 0.03, 0.03, 0.03).decided(0.02)  # two seeds that agree by chance
+    assert Difference(2, 0.03, 0.03, 0.03).higher is None
+    assert not Difference(1, 0.03, None, None).decided(0.02)
