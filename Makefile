@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton test-gpu test-triton36 audit lint typecheck format bench bench-toy clean
+.PHONY: help demo test test-triton test-gpu test-triton36 audit lint typecheck format bench bench-toy study study-quick clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14
@@ -61,6 +61,15 @@ bench: $(VENV)/.installed  ## the head against its peers at B=256, C=100,000, D=
 
 bench-toy: $(VENV)/.installed  ## the same command at toy size, as CI runs it
 	$(PY) -m bench --toy
+
+study: $(VENV)/.installed  ## label noise under every margin (hours; goes on where it was stopped): docs/analysis.md
+	$(PY) -m examples.glyphs.noise_study run
+	$(PY) -m examples.glyphs.noise_study report --docs
+
+study-quick: $(VENV)/.installed  ## the same path at toy size, as CI runs it (under a minute)
+	rm -rf $(OUT)/study-quick
+	$(PY) -m examples.glyphs.noise_study run --quick --out $(OUT)/study-quick
+	$(PY) -m examples.glyphs.noise_study report --quick --out $(OUT)/study-quick
 
 clean:  ## remove what building and running leave behind, .venv included
 	rm -rf $(VENV) build out *.egg-info expface_kernels/*.so .mypy_cache .ruff_cache .pytest_cache
