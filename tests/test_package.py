@@ -31,8 +31,9 @@ LAYERS = {
     "backends": 2,
     "ops": 3,
     "functional": 4,
-    "heads": 5,
-    "": 6,  # the package's own __init__
+    "partial_fc": 5,
+    "heads": 6,
+    "": 7,  # the package's own __init__
 }
 # Narrower than their layer: nothing may reach a margin or the truth that they would have to follow.
 ONLY = {"margins": set(), "stats": set(), "reference": {"margins", "stats"}}
