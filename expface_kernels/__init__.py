@@ -3,6 +3,8 @@
 from expface_kernels.functional import margin_cross_entropy
 from expface_kernels.heads import MarginSoftmaxHead
 from expface_kernels.margins import ArcFace, CombinedMargin, CosFace, ExpFace, NormFace, SphereFace
+from expface_kernels.partial_fc.clip import clip_grad_norm_
+from expface_kernels.partial_fc.grad_scaler import GradScaler
 from expface_kernels.stats import BatchStats
 
 __version__ = "0.1.0"
@@ -13,8 +15,10 @@ __all__ = [
     "CombinedMargin",
     "CosFace",
     "ExpFace",
+    "GradScaler",
     "MarginSoftmaxHead",
     "NormFace",
     "SphereFace",
+    "clip_grad_norm_",
     "margin_cross_entropy",
 ]

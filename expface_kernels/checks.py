@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expface_kernels.margins import TARGET_GRADIENTS
+from expface_kernels.margins import TARGET_GRADIENTS, row_parameters
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -76,6 +76,16 @@ def check_class_subset(class_subset: Any, weight: Tensor) -> None:
         )
 
 
+def check_num_rows(margin: Any, rows: int) -> None:
+    """What a margin holds a row is for just these rows."""
+    for name, value in row_parameters(margin).items():
+        if value.shape[0] != rows:
+            raise ValueError(
+                f"margin: expected {name} of shape ({rows},), one value for each of this rank's rows, "
+                f"got {tuple(value.shape)}"
+            )
+
+
 def check_scale(scale: Any) -> None:
     """A finite number above 0."""
     _check_number("scale", scale)
@@ -93,15 +103,52 @@ def check_options(
 ) -> None:
     """The options that a head and the function share."""
     check_margin(margin)
+    check_reduction(reduction)
+    check_target_gradient(target_gradient)
+    check_gradient_tolerance(gradient_tolerance)
+    check_integer("ignore_index", ignore_index)
+    check_integer("workspace_bytes", workspace_bytes, least=0)
+
+
+def check_reduction(reduction: Any) -> None:
     check_choice("reduction", reduction, REDUCTIONS)
+
+
+def check_target_gradient(target_gradient: Any) -> None:
     check_choice("target_gradient", target_gradient, TARGET_GRADIENTS)
+
+
+def check_gradient_tolerance(gradient_tolerance: Any) -> None:
+    """0, until there is more."""
     _check_number("gradient_tolerance", gradient_tolerance)
     if gradient_tolerance != 0:
         raise ValueError(
             f"gradient_tolerance: expected 0 (exact), the only one this version has, got {gradient_tolerance}"
         )
-    check_integer("ignore_index", ignore_index)
-    check_integer("workspace_bytes", workspace_bytes, least=0)
+
+
+def check_sample_rate(sample_rate: Any) -> None:
+    """The share of the classes that take part in a step: 0 < rate ≤ 1."""
+    _check_number("sample_rate", sample_rate)
+    if not (0 < sample_rate <= 1):
+        raise ValueError(f"sample_rate: expected above 0 and at most 1, got {sample_rate}")
+
+
+def check_embedding_grad_scale(embedding_grad_scale: Any) -> None:
+    """A finite number above 0, or None for the size of the process group."""
+    if embedding_grad_scale is None:
+        return
+    _check_number("embedding_grad_scale", embedding_grad_scale)
+    if not (0 < embedding_grad_scale < math.inf):
+        raise ValueError(
+            "embedding_grad_scale: expected a finite number above 0, or None for the size of process_group, "
+            f"got {embedding_grad_scale}"
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__} {value!r}")
 
 
 def check_margin(margin: Any) -> None:

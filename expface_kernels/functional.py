@@ -3,6 +3,9 @@
     n = negatives(embeddings, weight, labels, …)     check → op: log l, theta of every row
     loss = finish(n.log_l, n.theta, n.counted, …)    margin → loss → reduction, plain torch on (B,) vectors
 
+`negatives_of` and `row_losses` are what a sharded head calls instead, with labels that are checked and
+numbered by its shard.
+
 B rows · C classes · D features · S classes of a subset · psi: the margin's cos θ · eqs.: docs/math.md
 """
 
@@ -104,7 +107,7 @@ def margin_cross_entropy(
     loss, psi = finish(
         n.log_l, n.theta, n.counted, margin, scale=scale, reduction=reduction, target_gradient=target_gradient
     )
-    loss = loss.to(torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32))
+    loss = loss.to(loss_dtype(embeddings, weight))
     if not return_stats:
         return loss
     return loss, batch_stats(n.log_l, n.theta, psi, n.counted, n.hardest_cos, n.hardest_class, scale)
@@ -127,15 +130,45 @@ def negatives(
     check_labels(labels, embeddings)
     check_class_subset(class_subset, weight)
     labels = labels.reshape(-1).long()  # wide before it meets ignore_index: 156 as uint8 is not −100
+    return negatives_of(
+        embeddings,
+        weight,
+        ops.local_labels(labels, class_subset, weight.shape[0], ignore_index),
+        counted=labels != ignore_index,
+        scale=scale,
+        class_subset=class_subset,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+        find_hardest=find_hardest,
+    )
+
+
+def negatives_of(
+    embeddings: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    *,
+    counted: Tensor,
+    scale: float,
+    class_subset: Tensor | None,
+    workspace_bytes: int,
+    backend: str,
+    find_hardest: bool,
+    sparse_grad: bool = False,
+) -> Negatives:
+    """The op, on inputs that are checked.
+
+    y (B,) int64: positions in class_subset (or classes), NO_TARGET where the row has none here, be it
+    ignored or another shard's, or INVALID_TARGET. sparse_grad: weight's gradient is sparse COO, the
+    subset's rows; it needs a class_subset.
+    """
     name = backends.resolve(backend, embeddings, weight)
-    y = ops.local_labels(labels, class_subset, weight.shape[0], ignore_index)
-    counted = labels != ignore_index
     keep = torch.is_grad_enabled() and (embeddings.requires_grad or weight.requires_grad)
     product_dtype = autocast_dtype(embeddings)
     if name == "reference":
         # Padding may hold NaN, which autograd would spread; an op's own backward leaves it alone.
         rows = torch.where(counted[:, None], embeddings, 0.0)
-        request = Request(scale, keep, workspace_bytes, find_hardest, product_dtype)
+        request = Request(scale, keep, workspace_bytes, find_hardest, product_dtype, sparse_grad)
         out = backends.REFERENCE.forward(rows, weight, y, class_subset, request)
     else:
         scale_tensor = as_tensor(scale, torch.ones((), dtype=torch.float64, device="cpu"))
@@ -151,6 +184,7 @@ def negatives(
                 workspace_bytes=workspace_bytes,
                 find_hardest=find_hardest,
                 product_dtype=product_dtype,
+                sparse_grad=sparse_grad,
             )
         )
     return Negatives(out.log_l, out.theta, counted, out.hardest_cos, out.hardest_class)
@@ -168,10 +202,19 @@ def finish(
 ) -> tuple[Tensor, Tensor]:
     """Second half: (loss, psi (B,)), float64, from log l, theta and which rows count, each (B,) (eq. 6)."""
     psi = target_similarity(margin, theta, target_gradient)
+    return reduce_rows(row_losses(log_l, psi, counted, scale), counted, reduction), psi
+
+
+def row_losses(log_l: Tensor, psi: Tensor, counted: Tensor, scale: float) -> Tensor:
+    """(B,) float64, 0 where a row does not count (eq. 6)."""
     # Before logaddexp: a where() after it would still send NaN back into ignored rows.
     delta = torch.where(counted, log_l - scale * psi, -torch.inf)
-    rows = torch.logaddexp(delta, torch.zeros_like(delta))
-    return reduce_rows(rows, counted, reduction), psi
+    return torch.logaddexp(delta, torch.zeros_like(delta))
+
+
+def loss_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
+    """float32, or float64 where an input is."""
+    return torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -1,22 +1,41 @@
-"""Loss heads: modules that own the class centres. No maths here; functional.py has it.
+"""Loss heads: modules that own the class centres. No maths here; functional.py and partial_fc/ have it.
 
-B rows · C classes · D features
+B rows of this process · C classes · D features
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from expface_kernels import backends
-from expface_kernels.checks import FLOATS, check_integer, check_margin, check_options, check_scale
+from expface_kernels.checks import (
+    FLOATS,
+    check_embedding_grad_scale,
+    check_flag,
+    check_gradient_tolerance,
+    check_integer,
+    check_margin,
+    check_reduction,
+    check_sample_rate,
+    check_scale,
+    check_target_gradient,
+)
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, margin_cross_entropy, topk_cosine
-from expface_kernels.margins import ExpFace, MarginFunction
+from expface_kernels.margins import ExpFace, MarginFunction, describe
+from expface_kernels.partial_fc.centres import initialize, sharded_parameter
+from expface_kernels.partial_fc.comm import Ranks, check_agreement
+from expface_kernels.partial_fc.loss import Setting, partial_loss, partial_topk
+from expface_kernels.partial_fc.ranges import ClassRange, shard_ranges
+from expface_kernels.partial_fc.replication import refuse_ddp
+from expface_kernels.partial_fc.sampling import Sampler
 from expface_kernels.stats import BatchStats
 
-INIT_STD = 0.01
+STEP_KEY = "sampling_step"
 
 
 class MarginSoftmaxHead(nn.Module):
@@ -24,19 +43,37 @@ class MarginSoftmaxHead(nn.Module):
 
     `head(embeddings, labels)` is `margin_cross_entropy` over all of `head.weight`; see there for shapes,
     dtypes, errors and memory. `margin`, `scale`, `reduction`, `ignore_index`, `target_gradient`,
-    `workspace_bytes` and `backend` are plain attributes and may be assigned between steps.
+    `sample_rate`, `embedding_grad_scale`, `workspace_bytes` and `backend` are plain attributes and may be
+    assigned between steps (with a process group: to the same on every rank); a wrong value raises at once.
+
+    With `process_group` each rank holds and trains a share of the centres and calls the head with its own
+    rows; the loss is that of all ranks' rows and the same everywhere, and every rank calls backward on it.
+    Wrap the backbone in DistributedDataParallel, never the head. What is sent: docs/partial_fc.md.
 
     Args:
         embedding_size: D ≥ 1.
-        num_classes: C ≥ 1.
+        num_classes: C ≥ 1, of all ranks together.
         margin: `theta -> psi`; None is ExpFace(0.7). An nn.Module is registered, its parameters train.
         scale: s > 0.
-        reduction, ignore_index, workspace_bytes, backend: as in `margin_cross_entropy`.
+        reduction, ignore_index, workspace_bytes, backend: as in `margin_cross_entropy`; "none" is this
+            rank's (B,).
+        sample_rate: in training, the share of the classes that take part in a step: the batch's own, the
+            rest drawn anew each time (never fewer than the batch's rows). In `eval()` all do.
+        sparse_grad: the weight's gradient is sparse COO, the rows that took part, at no cost in C (not with
+            process_group). Off, it is dense, and zero elsewhere: an optimizer with momentum or decay moves
+            those rows too.
         target_gradient: "detached" (default) or "exact"; docs/math.md section 4 says what the choice does.
-        seed: of the initial centres, normal(0, 0.01); the global random state is not touched.
-        device, dtype: of the centres; None is torch's default.
-        sample_rate, sparse_grad, gradient_tolerance, process_group, embedding_grad_scale, equal_rows: of
-            sampling and sharding, which this version does not have: anything but the default is a ValueError.
+        gradient_tolerance: 0, exact; other values are not offered yet.
+        process_group: the ranks that share the classes; `weight` is then a DTensor, Shard(0). All ranks
+            build the head alike, or all get a ValueError that names ranks and values.
+        embedding_grad_scale: with process_group, what multiplies the gradient of the embeddings and of a
+            margin's per-row tensors. None is the group's size, for DDP and FSDP, which average; 1 where
+            gradients are summed.
+        equal_rows: promise that all ranks always bring as many rows, of one dtype, valid: saves the exchange
+            of row counts, and with it the errors that ranks tell each other.
+        seed: of the initial centres, normal(0, 0.01), and of sampling; the global random state stays as it
+            is.
+        device, dtype: of the centres; None is torch's default, or with an NCCL group the current GPU.
     """
 
     def __init__(
@@ -62,72 +99,120 @@ class MarginSoftmaxHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_integer("embedding_size", embedding_size, least=1)
-        check_integer("num_classes", num_classes, least=1)
-        check_integer("seed", seed)
-        margin = ExpFace() if margin is None else margin
-        check_scale(scale)
-        backends.check_name(backend)
-        check_options(margin, reduction, ignore_index, target_gradient, gradient_tolerance, workspace_bytes)
-        _refuse_what_is_not_there(
-            sample_rate=(sample_rate, 1.0),
-            sparse_grad=(sparse_grad, False),
-            process_group=(process_group, None),
-            embedding_grad_scale=(embedding_grad_scale, None),
-            equal_rows=(equal_rows, False),
-        )
-        if dtype is not None and dtype not in FLOATS:
-            raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
-        self.embedding_size = embedding_size
-        self.num_classes = num_classes
-        self.margin = margin
-        self.scale = scale
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.target_gradient = target_gradient
-        self.gradient_tolerance = gradient_tolerance
-        self.workspace_bytes = workspace_bytes
-        self.backend = backend
-        self.seed = seed
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
+        self._ranks = None if process_group is None else Ranks(process_group)
+        try:
+            check_integer("embedding_size", embedding_size, least=1)
+            check_integer("num_classes", num_classes, least=1)
+            check_integer("seed", seed)
+            if dtype is not None and dtype not in FLOATS:
+                raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
+            self._check_group_options(sparse_grad, embedding_grad_scale, equal_rows)
+            self.embedding_size = embedding_size
+            self.num_classes = num_classes
+            self.margin = ExpFace() if margin is None else margin
+            self.scale = scale
+            self.reduction = reduction
+            self.sample_rate = sample_rate
+            self.sparse_grad = sparse_grad
+            self.ignore_index = ignore_index
+            self.target_gradient = target_gradient
+            self.gradient_tolerance = gradient_tolerance
+            self.embedding_grad_scale = embedding_grad_scale
+            self.equal_rows = equal_rows
+            self.workspace_bytes = workspace_bytes
+            self.backend = backend
+            self.seed = seed
+        except (TypeError, ValueError) as error:
+            _agree(self._ranks, {}, str(error))
+            raise
+        _agree(self._ranks, self._construction(dtype), None)
+        self._step = 0
+        self._make_weight(device, dtype)
         self.reset_parameters()
 
+    def _check_group_options(self, sparse_grad: Any, embedding_grad_scale: Any, equal_rows: Any) -> None:
+        check_flag("sparse_grad", sparse_grad)
+        check_flag("equal_rows", equal_rows)
+        if self._ranks is not None:
+            if sparse_grad:
+                raise ValueError(
+                    "sparse_grad: expected False with process_group, where the weight is a DTensor, "
+                    "which has no sparse gradient, got True"
+                )
+            return
+        for name, value, default in (
+            ("embedding_grad_scale", embedding_grad_scale, None),
+            ("equal_rows", equal_rows, False),
+        ):
+            if value is not default:
+                raise ValueError(f"{name}: expected {default} without process_group, got {value}")
+
+    def _construction(self, dtype: torch.dtype | None) -> dict[str, str]:
+        """What every rank must build alike, as text."""
+        told = {name: str(getattr(self, name)) for name in _BUILT_ALIKE}
+        return {**told, "margin": describe(self.margin), "dtype": str(dtype or torch.get_default_dtype())}
+
+    def _make_weight(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        ranks = self._ranks
+        self._shard = ClassRange(0, self.num_classes)
+        if ranks is None:
+            whole = torch.empty(self.num_classes, self.embedding_size, device=device, dtype=dtype)
+            self.weight = nn.Parameter(whole)
+            return
+        self._shard = shard_ranges(self.num_classes, ranks.size)[ranks.rank]
+        if device is None and ranks.device.type != "cpu":
+            device = ranks.device
+        local = torch.empty(self._shard.size, self.embedding_size, device=device, dtype=dtype)
+        self.weight = sharded_parameter(local, self.num_classes, ranks)
+
     def __setattr__(self, name: str, value: Any) -> None:
+        check = _ASSIGNED.get(name)
+        if check is not None:
+            check(value)
         if name == "margin":
-            check_margin(value)
             # A margin may be a module or not: torch would not let one replace the other.
             self.__dict__.pop(name, None)
             self.__dict__.get("_modules", {}).pop(name, None)
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Draw the centres anew from `seed`: the same ones on every device."""
-        if self.weight.is_meta:
-            return
-        generator = torch.Generator().manual_seed(self.seed)
-        centres = torch.empty(self.weight.shape, dtype=self.weight.dtype)
-        with torch.no_grad():
-            self.weight.copy_(centres.normal_(0, INIT_STD, generator=generator))
+        """Draw the centres anew from `seed`: the same ones on every device and for every number of ranks."""
+        if not self.weight.is_meta:
+            with torch.no_grad():
+                initialize(self.local_weight, self._shard, self.seed)
 
     @property
     def local_weight(self) -> Tensor:
-        """The (num_local, D) centres of this process: all of them."""
-        return self.weight
+        """The (num_local, D) centres of this process, a plain tensor; without process_group all of them."""
+        weight: Any = self.weight
+        local: Tensor = weight if self._ranks is None else weight.to_local()
+        return local
 
     @property
     def class_start(self) -> int:
         """First class of this process."""
-        return 0
+        return self._shard.start
 
     @property
     def num_local(self) -> int:
-        """Number of classes of this process."""
-        return self.num_classes
+        """Number of classes of this process; 0 on late ranks where there are few classes."""
+        return self._shard.size
+
+    @property
+    def sampling_step(self) -> int:
+        """Samples drawn so far; with `seed` and the rank it determines the next. Part of the state_dict."""
+        return self._step
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, BatchStats]:
         """Loss of embeddings (B, D) with labels (B,) or (B, 1); with `return_stats` (loss, BatchStats)."""
+        setting = self._setting()
+        if setting.ranks is not None or setting.sample is not None or setting.sparse_grad:
+            result = partial_loss(embeddings, self.local_weight, labels, setting, return_stats=return_stats)
+            if setting.sample is not None:
+                self._step += 1
+            return result
         return margin_cross_entropy(
             embeddings,
             self.weight,
@@ -144,21 +229,109 @@ class MarginSoftmaxHead(nn.Module):
         )
 
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Cosines (B, k), falling, and classes (B, k) int64 of the nearest centres; no margin or gradient."""
-        return topk_cosine(embeddings, self.weight, k, backend=self.backend)
+        """Cosines (B, k), falling, and classes (B, k) int64 of the nearest centres; no margin or gradient.
+
+        With process_group every rank calls it with its own rows, and gets classes of all ranks.
+        """
+        if self._ranks is None:
+            return topk_cosine(embeddings, self.weight, k, backend=self.backend)
+        check_integer("k", k, least=1)
+        if k > self.num_classes:
+            raise ValueError(f"k: expected at most the {self.num_classes} classes there are, got {k}")
+        return partial_topk(embeddings, self.local_weight, k, self._setting())
+
+    def _setting(self) -> Setting:
+        sample = None
+        if self.training and self.sample_rate < 1:
+            rank = 0 if self._ranks is None else self._ranks.rank
+            sample = Sampler(self.sample_rate, self.seed, self._step, rank)
+        return Setting(
+            num_classes=self.num_classes,
+            shard=self._shard,
+            margin=self.margin,
+            scale=self.scale,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            target_gradient=self.target_gradient,
+            workspace_bytes=self.workspace_bytes,
+            backend=self.backend,
+            ranks=self._ranks,
+            sample=sample,
+            sample_rate=self.sample_rate,
+            sparse_grad=self.sparse_grad,
+            embedding_grad_scale=self.embedding_grad_scale,
+            equal_rows=self.equal_rows,
+        )
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; DistributedDataParallel, which must not replicate shards, gets a RuntimeError."""
+        if self._ranks is not None:
+            refuse_ddp(self, sys._getframe(1))
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.sample_rate < 1:
+            destination[prefix + STEP_KEY] = torch.tensor(self._step)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        # Kept as an int, since a tensor on a GPU would be read in every step. States without one are welcome.
+        step = state_dict.pop(prefix + STEP_KEY, None)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        if step is not None:
+            self._step = int(step)
 
     def extra_repr(self) -> str:
         margin = "" if isinstance(self.margin, nn.Module) else f", margin={self.margin!r}"
+        shared = "" if self.sample_rate == 1 else f"sample_rate={self.sample_rate}, "
+        if self._ranks is not None:
+            shared += f"classes {self._shard.start} to {self._shard.stop} of rank {self._ranks.rank}, "
         return (
             f"embedding_size={self.embedding_size}, num_classes={self.num_classes}{margin}, "
             f"scale={self.scale}, reduction={self.reduction!r}, target_gradient={self.target_gradient!r}, "
-            f"backend={self.backend!r}"
+            f"{shared}backend={self.backend!r}"
         )
 
 
-def _refuse_what_is_not_there(**options: tuple[Any, Any]) -> None:
-    for name, (value, default) in options.items():
-        if value != default:
-            raise ValueError(
-                f"{name}: expected {default!r}, the only value this version offers, got {value!r}"
-            )
+def _agree(ranks: Ranks | None, told: dict[str, str], error: str | None) -> None:
+    """Where the head is built: ValueError on every rank unless all told the same and none raised."""
+    if ranks is None:
+        return
+    try:
+        check_agreement(told, error, ranks, "the head")
+    except ValueError:
+        if error is None:
+            raise  # the rank with the error raises its own
+
+
+# What the ranks of a group must build alike, beside the margin and the dtype.
+_BUILT_ALIKE = (
+    "num_classes",
+    "embedding_size",
+    "scale",
+    "sample_rate",
+    "reduction",
+    "ignore_index",
+    "target_gradient",
+    "embedding_grad_scale",
+    "equal_rows",
+    "seed",
+)
+
+# What an attribute may be assigned, checked when it is.
+_ASSIGNED: dict[str, Callable[[Any], None]] = {
+    "margin": check_margin,
+    "scale": check_scale,
+    "reduction": check_reduction,
+    "sample_rate": check_sample_rate,
+    "sparse_grad": lambda value: check_flag("sparse_grad", value),
+    "ignore_index": lambda value: check_integer("ignore_index", value),
+    "target_gradient": check_target_gradient,
+    "gradient_tolerance": check_gradient_tolerance,
+    "embedding_grad_scale": check_embedding_grad_scale,
+    "equal_rows": lambda value: check_flag("equal_rows", value),
+    "workspace_bytes": lambda value: check_integer("workspace_bytes", value, least=0),
+    "backend": backends.check_name,
+}

@@ -201,6 +201,34 @@ class NormFace(Margin):
         return torch.cos(theta)
 
 
+def row_parameters(margin: MarginFunction) -> dict[str, Tensor]:
+    """Name → value of what a margin holds one value a row of: its attributes that are (B,) tensors.
+
+    Of an nn.Module these are its plain attributes; a parameter or a buffer is the same for all rows.
+    """
+    held = getattr(margin, "__dict__", {})
+    return {name: value for name, value in held.items() if isinstance(value, Tensor) and value.dim() == 1}
+
+
+def is_per_row(margin: MarginFunction) -> bool:
+    """Whether psi of a row depends on more than its angle: then only the row's own rank can compute it.
+
+    A margin of your own that looks at its rows in another way says so with an attribute `per_row = True`.
+    """
+    return bool(getattr(margin, "per_row", False)) or bool(row_parameters(margin))
+
+
+def describe(margin: MarginFunction) -> str:
+    """The margin as text that is the same in every process; values of rows are left out."""
+    if isinstance(margin, Margin):
+        inside = ", ".join(
+            f"{name}={'one a row' if isinstance(value, Tensor) and value.dim() else value}"
+            for name, value in vars(margin).items()
+        )
+        return f"{type(margin).__name__}({inside})"
+    return getattr(margin, "__qualname__", type(margin).__qualname__)
+
+
 TARGET_GRADIENTS = ("exact", "detached")
 
 

@@ -84,11 +84,13 @@ def cosine_lse(
     workspace_bytes: int,
     find_hardest: bool,
     product_dtype: torch.dtype | None,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(log_l (B,) float64, theta (B,) float64, workspace, tile_sums, hardest_cos, hardest_class).
 
     log_l = log Σ_{j≠y} exp(scale·cos_bj) and the target angle in radians (docs/math.md eqs. 2 to 4). Only
-    these two are differentiable; what was not asked for has size 0.
+    these two are differentiable; what was not asked for has size 0. sparse_grad: the gradient of w is a
+    sparse COO tensor with the subset's rows (no torch.compile).
     """
     request = Request(scale.item(), keep, workspace_bytes, find_hardest, product_dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -109,6 +111,7 @@ def _(
     workspace_bytes: int,
     find_hardest: bool,
     product_dtype: torch.dtype | None,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, classes = x.shape[0], (w if class_subset is None else class_subset).shape[0]
     dtype = compute_dtype(x, w)
@@ -141,9 +144,10 @@ def cosine_lse_backward(
     product_dtype: torch.dtype | None,
     need_dx: bool,
     need_dw: bool,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(dx (B, D), dw (C_all, D)) in their inputs' dtypes; of size 0 where not needed."""
-    request = Request(scale.item(), True, workspace_bytes, False, product_dtype)
+    """(dx (B, D), dw (C_all, D), or (S, D) with sparse_grad) in their inputs' dtypes; size 0: not needed."""
+    request = Request(scale.item(), True, workspace_bytes, False, product_dtype, sparse_grad)
     with torch.autocast(x.device.type, enabled=False):
         dx, dw = backends.serving_op(backend, x, w).backward(
             x, w, y, class_subset, log_l, workspace, g_log_l, g_theta, request, need_dx, need_dw
@@ -152,20 +156,39 @@ def cosine_lse_backward(
 
 
 @cosine_lse_backward.register_fake
-def _(x: Tensor, w: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    need_dx, need_dw = args[-2:]
-    return x.new_empty(x.shape if need_dx else 0), w.new_empty(w.shape if need_dw else 0)
+def _(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    class_subset: Tensor | None,
+    scale: Tensor,
+    log_l: Tensor,
+    workspace: Tensor,
+    g_log_l: Tensor,
+    g_theta: Tensor,
+    backend: str,
+    workspace_bytes: int,
+    product_dtype: torch.dtype | None,
+    need_dx: bool,
+    need_dw: bool,
+    sparse_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    rows = class_subset.shape[0] if sparse_grad and class_subset is not None else w.shape[0]
+    return (
+        x.new_empty(x.shape if need_dx else 0),
+        w.new_empty((rows, w.shape[1]) if need_dw else 0),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w, y, class_subset, scale, backend, keep, workspace_bytes, _, product_dtype = inputs
+    x, w, y, class_subset, scale, backend, keep, workspace_bytes, _, product_dtype, sparse_grad = inputs
     log_l, _, workspace, *others = output
     # Otherwise a zero gradient as large as the workspace would be made for it.
     ctx.mark_non_differentiable(workspace, *others)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w, y, class_subset, scale, log_l, workspace)
     ctx.options = (backend, workspace_bytes, product_dtype)
-    ctx.keep = keep
+    ctx.keep, ctx.sparse_grad = keep, sparse_grad
 
 
 def _backward(
@@ -178,9 +201,15 @@ def _backward(
     g_log_l = torch.zeros_like(log_l) if g_log_l is None else g_log_l
     g_theta = torch.zeros_like(log_l) if g_theta is None else g_theta
     dx, dw = cosine_lse_backward(
-        x, w, y, class_subset, scale, log_l, workspace, g_log_l, g_theta, *ctx.options, need_dx, need_dw
-    )
-    return (dx if need_dx else None, dw if need_dw else None, *[None] * 8)
+        x, w, y, class_subset, scale, log_l, workspace, g_log_l, g_theta, *ctx.options,
+        need_dx, need_dw, ctx.sparse_grad,
+    )  # fmt: skip
+    if need_dw and ctx.sparse_grad:
+        # Sorted and without repeats, as a subset is: coalesced.
+        dw = torch.sparse_coo_tensor(
+            class_subset[None], dw, w.shape, is_coalesced=True, check_invariants=False
+        )
+    return (dx if need_dx else None, dw if need_dw else None, *[None] * 9)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:

@@ -31,6 +31,8 @@ class Request:
     find_hardest: bool
     product_dtype: torch.dtype | None
     """What autocast wants the matrix products in; None outside autocast."""
+    sparse_grad: bool = False
+    """dw has only the subset's rows, in its order: (S, D) in place of (C_all, D)."""
 
 
 class Forward(NamedTuple):
@@ -91,7 +93,10 @@ class OpBackend(Backend, Protocol):
         need_dx: bool,
         need_dw: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(dx, dw) in the dtypes and shapes of x and w, from G and H (B,) float64 (eqs. 10 and 11)."""
+        """(dx, dw) in the dtypes and shapes of x and w, from G and H (B,) float64 (eqs. 10 and 11).
+
+        With `request.sparse_grad`, dw is (S, D), the rows of the subset; O(S·D) time and memory.
+        """
 
 
 def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:

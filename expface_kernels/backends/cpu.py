@@ -82,8 +82,13 @@ class Centres:
     def tile(self, start: int, stop: int) -> Tensor:
         if self.direct:
             return self.w[start:stop]
-        rows = self.w[start:stop] if self.class_subset is None else self.w[self.class_subset[start:stop]]
-        return self._buffer[: stop - start].copy_(rows)
+        buffer = self._buffer[: stop - start]
+        if self.class_subset is None:
+            return buffer.copy_(self.w[start:stop])
+        chosen = self.class_subset[start:stop]
+        if self.w.dtype == self.dtype:
+            return torch.index_select(self.w, 0, chosen, out=buffer)
+        return buffer.copy_(self.w[chosen])
 
 
 class CpuBackend:
@@ -176,7 +181,9 @@ class CpuBackend:
         product = pool.lend(x.numel(), dtype).view(x.shape)
         operand = pool.lend(x.numel(), dtype).view(x.shape)
         out = (
-            _WeightGradient(w, class_subset, dtype, plan.tile, _tangent_sums(pairs, v, g_theta))
+            _WeightGradient(
+                w, class_subset, request.sparse_grad, dtype, plan.tile, _tangent_sums(pairs, v, g_theta)
+            )
             if need_dw
             else None
         )
@@ -281,22 +288,27 @@ def _input_gradient(pairs: Pairs, a: Tensor, u: Tensor, s_g: Tensor, g_theta: Te
 
 
 class _WeightGradient:
-    """dw, written tile by tile: in place where dtype and layout allow, else through one tile's buffer."""
+    """dw, written tile by tile: in place where dtype and layout allow, else through one tile's buffer.
+
+    (C_all, D), 0 outside the subset; with `sparse_grad` the subset's rows alone, (S, D).
+    """
 
     def __init__(
         self,
         w: Tensor,
         class_subset: Tensor | None,
+        sparse_grad: bool,
         dtype: torch.dtype,
         tile: int,
         tangents: tuple[Tensor, Tensor],
     ) -> None:
-        self.class_subset = class_subset
         self.tangent_classes, self.tangents = tangents
-        self.direct = class_subset is None and w.dtype == dtype
-        if class_subset is None:
+        self.scattered_to = None if sparse_grad else class_subset
+        self.direct = self.scattered_to is None and w.dtype == dtype
+        if self.scattered_to is None:
             # From the pool: the page faults of a fresh 205 MB buffer cost a twentieth of a step.
-            self.dw = pool.lend(w.numel(), w.dtype).view(w.shape)
+            classes = w.shape[0] if class_subset is None else class_subset.shape[0]
+            self.dw = pool.lend(classes * w.shape[1], w.dtype).view(classes, w.shape[1])
         else:
             self.dw = torch.zeros(w.shape, dtype=w.dtype)
         rows = 0 if self.direct else min(tile, w.shape[0])
@@ -313,7 +325,7 @@ class _WeightGradient:
         if first < last:
             rows = self.tangent_classes[first:last] - start
             tile.index_add_(0, rows, self.tangents[first:last].to(tile.dtype), alpha=-1)
-        if self.class_subset is not None:
-            self.dw[self.class_subset[start:stop]] = tile.to(self.dw.dtype)
+        if self.scattered_to is not None:
+            self.dw[self.scattered_to[start:stop]] = tile.to(self.dw.dtype)
         elif not self.direct:
             self.dw[start:stop] = tile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expface_kernels import reference
@@ -26,7 +27,7 @@ class ReferenceBackend:
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
     ) -> Forward:
-        centres = w if class_subset is None else w[class_subset]
+        centres = w if class_subset is None else F.embedding(class_subset, w, sparse=request.sparse_grad)
         log_l, theta, negatives = reference.cosine_lse(x, centres, y, request.scale)
         theta = torch.where(y == INVALID_TARGET, torch.nan, theta)
         cos, position = negatives.detach().max(dim=1)

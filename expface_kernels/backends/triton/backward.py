@@ -33,6 +33,11 @@ class Weights(NamedTuple):
 class BackwardCall(Call):
     """Eqs. 9 to 11 in launches."""
 
+    @property
+    def scatters(self) -> bool:
+        """Whether dw's rows are all of w's, of which only the subset's are written."""
+        return self.subset is not None and not self.request.sparse_grad
+
     def backward(
         self, log_l: Tensor, workspace: Tensor, g: Tensor, h: Tensor, need_dx: bool, need_dw: bool
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -41,8 +46,9 @@ class BackwardCall(Call):
         dx = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device) if need_dx else None
         dw = None
         if need_dw:  # rows that are not in the subset keep their 0
-            make = torch.zeros if self.subset is not None or not plan.rows else torch.empty
-            dw = make(self.w.shape, dtype=self.w.dtype, device=self.w.device)
+            make = torch.zeros if self.scatters or not plan.rows else torch.empty
+            classes = self.w.shape[0] if self.scatters else plan.classes
+            dw = make((classes, self.features), dtype=self.w.dtype, device=self.w.device)
         if not (plan.rows and plan.classes):
             return (None if dx is None else dx.zero_()), dw
         with self.device():
@@ -226,6 +232,7 @@ class BackwardCall(Call):
             chunk=col.shape[1],
             parts=col.shape[0],
             INDEXED=self.subset is not None,
+            SCATTERS=self.scatters,
             OVER_NORM=plan.over_norm,
             **self.centres(),
             **self.product(),

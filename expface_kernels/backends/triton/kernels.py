@@ -279,7 +279,7 @@ def weight_gradient_tile(
     p_shift,
     p_segment,  # (C,) int32: row of p_tangents, −1 where the class is nobody's target
     p_tangents,  # (T, D) float32
-    p_dw,  # (C_all, D)
+    p_dw,  # (C_all, D), or (C, D) where nothing is scattered
     B_pad,
     class_begin,
     class_end,
@@ -294,6 +294,7 @@ def weight_gradient_tile(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEXED: tl.constexpr,
+    SCATTERS: tl.constexpr,
     SHIFTED: tl.constexpr,
     OVER_NORM: tl.constexpr,
 ):
@@ -331,7 +332,7 @@ def weight_gradient_tile(
     b_dw -= tl.load(p_pull, mask=m_tile & (i_segment >= 0)[:, None], other=0.0)
     # The gradient stands complete in registers here: an optimizer's step would follow before the store.
     b_dw = tl.where((b_signed > 0)[:, None], b_dw, tl.where(b_signed < 0, 0.0, b_signed)[:, None])
-    p_out = _centre_rows(p_dw, p_index, i_safe, D, INDEXED)[:, None] + o_d[None, :]
+    p_out = _centre_rows(p_dw, p_index, i_safe, D, SCATTERS)[:, None] + o_d[None, :]
     tl.store(p_out, rounded(b_dw, p_dw.dtype.element_ty), mask=m_tile)
 
 

@@ -1,0 +1,113 @@
+"""The norm of a gradient of which ranks hold parts, and clipping by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expface_kernels.partial_fc import comm
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    *,
+    sharded: Iterable[Tensor] = (),
+    process_group: Any = None,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """Scale gradients in place so that their norm over all ranks is at most max_norm; the same on every rank.
+
+    What `torch.nn.utils.clip_grad_norm_` does for one process, over backbone and head together:
+    `clip_grad_norm_([*backbone.parameters(), *head.parameters()], 1.0)`.
+
+    Args:
+        parameters: those without a gradient are left out. A plain one counts as the same on every rank (as
+            DDP keeps them), a DTensor with all its shards. Gradients may be sparse.
+        max_norm: the largest norm left as it is, ≥ 0.
+        norm_type: p > 0 of the p-norm, or inf.
+        sharded: more parameters, plain tensors of which each rank of `process_group` holds rows of its own.
+        process_group: of `sharded`.
+        error_if_nonfinite: RuntimeError, on every rank, where the norm is NaN or Inf.
+
+    Returns the norm before clipping, () float32 (float64 where a gradient is). One all_reduce for each group
+    that holds shards. After a GradScaler: unscale_ first. ValueError for an argument out of its range.
+    """
+    norm_type, max_norm = float(norm_type), float(max_norm)
+    if not norm_type > 0:
+        raise ValueError(f"norm_type: expected a number above 0 or inf, got {norm_type}")
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm: expected at least 0, got {max_norm}")
+    sharded = list(sharded)
+    if sharded and process_group is None:
+        raise ValueError("process_group: expected the group whose ranks hold `sharded`, got None")
+    plain = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    parts = [(_local(p.grad), _groups(p.grad)) for p in plain if p.grad is not None]
+    # A rank may lack the gradient of its rows; it takes part in the sum all the same.
+    parts += [(p.new_zeros(0) if p.grad is None else p.grad, (process_group,)) for p in sharded]
+    norm = _total_norm(parts, norm_type, plain + sharded)
+    if error_if_nonfinite and not bool(torch.isfinite(norm)):
+        raise RuntimeError(f"clip_grad_norm_: the norm of order {norm_type} over all ranks is {norm.item()}")
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad, _ in parts:
+        grad.mul_(factor.to(grad.device, grad.dtype))
+    return norm
+
+
+def _local(grad: Tensor) -> Tensor:
+    """What this rank holds of it, in the same memory."""
+    local: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad
+    return local
+
+
+def _groups(grad: Tensor) -> tuple[Any, ...]:
+    """The groups over which a DTensor's ranks hold different parts; none for a plain tensor."""
+    if not hasattr(grad, "placements"):
+        return ()
+    sharded: Any = grad
+    groups = []
+    for dim, placement in enumerate(sharded.placements):
+        if placement.is_partial():
+            raise ValueError("parameters: expected gradients in Shard or Replicate, got one in Partial")
+        if placement.is_shard():
+            groups.append(sharded.device_mesh.get_group(dim))
+    return tuple(groups)
+
+
+def _total_norm(
+    parts: list[tuple[Tensor, tuple[Any, ...]]], norm_type: float, parameters: list[Tensor]
+) -> Tensor:
+    """() over all parts: Σ|g|^p in float64, or the largest |g|, by set of groups, then over its ranks."""
+    device = parameters[0].device if parameters else torch.device("cpu")
+    wide = any(grad.dtype == torch.float64 for grad, _ in parts)
+    largest = math.isinf(norm_type)
+    by_groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    for grad, groups in parts:
+        by_groups.setdefault(groups, []).append(_power(grad, norm_type).to(device))
+    sums = []
+    for groups, powers in by_groups.items():
+        own = torch.stack(powers).amax() if largest else torch.stack(powers).sum()
+        for group in groups:
+            own = comm.all_reduce(own, largest, group)
+        sums.append(own)
+    if not sums:
+        return torch.zeros((), device=device)
+    total = torch.stack(sums)
+    norm = total.amax() if largest else total.sum() ** (1 / norm_type)
+    return norm.to(torch.float64 if wide else torch.float32)
+
+
+def _power(grad: Tensor, norm_type: float) -> Tensor:
+    """Σ|g|^p, or max |g|, () float64; one gradient's norm is taken in its own dtype, float32 at least."""
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    if values.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=grad.device)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(values, norm_type, dtype=dtype).double()
+    return norm if math.isinf(norm_type) else norm**norm_type

@@ -1,0 +1,52 @@
+"""A gradient scaler whose ranks skip a step together."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expface_kernels.partial_fc import comm
+
+
+class GradScaler(torch.amp.GradScaler):
+    """`torch.amp.GradScaler` for a sharded head: an Inf or NaN on one rank skips the step on all of them.
+
+    torch's own, and its ShardedGradScaler, refuse an optimizer that holds a DTensor beside plain parameters,
+    as one over backbone and head does; this one takes both. With several optimizers each skips by its own
+    gradients, as in torch: give both modules to one.
+
+    Args:
+        device: "cuda" or "cpu".
+        process_group: the head's; None is the default group.
+        others: of `torch.amp.GradScaler`.
+
+    One all_reduce of one number in every `unscale_` (or `step`).
+    """
+
+    def __init__(self, device: str = "cuda", *, process_group: Any = None, **others: Any) -> None:
+        super().__init__(device, **others)
+        self.process_group = process_group
+
+    def _unscale_grads_(
+        self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        """torch's, on what this rank holds of each gradient, then over all ranks."""
+        groups = [{"params": [_local(p) for p in group["params"]]} for group in optimizer.param_groups]
+        local: Any = SimpleNamespace(param_groups=groups)
+        found: dict[torch.device, Tensor] = super()._unscale_grads_(local, inv_scale, found_inf, allow_fp16)
+        if not found:  # a rank may hold no gradient at all
+            found = {found_inf.device: found_inf}
+        anywhere = torch.stack([one.to(found_inf.device) for one in found.values()]).amax(0)
+        comm.all_reduce(anywhere, True, self.process_group)
+        return {device: one.copy_(anywhere) for device, one in found.items()}
+
+
+def _local(parameter: Tensor) -> Any:
+    """A parameter, or in a DTensor's place what `_unscale_grads_` looks at: its local gradient."""
+    grad = parameter.grad
+    if grad is None or not hasattr(grad, "to_local"):
+        return parameter
+    return SimpleNamespace(grad=grad.to_local())
