@@ -106,7 +106,6 @@ class MarginSoftmaxHead(nn.Module):
             check_integer("seed", seed)
             if dtype is not None and dtype not in FLOATS:
                 raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
-            self._check_group_options(sparse_grad, embedding_grad_scale, equal_rows)
             self.embedding_size = embedding_size
             self.num_classes = num_classes
             self.margin = ExpFace() if margin is None else margin
@@ -130,23 +129,6 @@ class MarginSoftmaxHead(nn.Module):
         self._make_weight(device, dtype)
         self.reset_parameters()
 
-    def _check_group_options(self, sparse_grad: Any, embedding_grad_scale: Any, equal_rows: Any) -> None:
-        check_flag("sparse_grad", sparse_grad)
-        check_flag("equal_rows", equal_rows)
-        if self._ranks is not None:
-            if sparse_grad:
-                raise ValueError(
-                    "sparse_grad: expected False with process_group, where the weight is a DTensor, "
-                    "which has no sparse gradient, got True"
-                )
-            return
-        for name, value, default in (
-            ("embedding_grad_scale", embedding_grad_scale, None),
-            ("equal_rows", equal_rows, False),
-        ):
-            if value is not default:
-                raise ValueError(f"{name}: expected {default} without process_group, got {value}")
-
     def _construction(self, dtype: torch.dtype | None) -> dict[str, str]:
         """What every rank must build alike, as text."""
         told = {name: str(getattr(self, name)) for name in _BUILT_ALIKE}
@@ -169,6 +151,7 @@ class MarginSoftmaxHead(nn.Module):
         check = _ASSIGNED.get(name)
         if check is not None:
             check(value)
+            _check_group_option(name, value, self._ranks)
         if name == "margin":
             # A margin may be a module or not: torch would not let one replace the other.
             self.__dict__.pop(name, None)
@@ -293,6 +276,15 @@ class MarginSoftmaxHead(nn.Module):
             f"scale={self.scale}, reduction={self.reduction!r}, target_gradient={self.target_gradient!r}, "
             f"{shared}backend={self.backend!r}"
         )
+
+
+def _check_group_option(name: str, value: Any, ranks: Ranks | None) -> None:
+    """No option without an effect, and no sparse gradient of a DTensor, which has none."""
+    if name == "sparse_grad" and value and ranks is not None:
+        raise ValueError("sparse_grad: expected False with process_group (weight is a DTensor), got True")
+    default = {"embedding_grad_scale": None, "equal_rows": False}.get(name, value)
+    if ranks is None and value is not default:
+        raise ValueError(f"{name}: expected {default} without process_group, got {value}")
 
 
 def _agree(ranks: Ranks | None, told: dict[str, str], error: str | None) -> None:

@@ -38,7 +38,7 @@ def initialize(local_weight: Tensor, shard: ClassRange, seed: int) -> None:
 
 
 def sharded_parameter(local_weight: Tensor, num_classes: int, ranks: Ranks) -> nn.Parameter:
-    """A (num_classes, D) DTensor parameter, Shard(0), of which this rank holds local_weight (num_local, D)."""
+    """A (num_classes, D) DTensor, Shard(0), as a parameter; this rank holds local_weight (num_local, D)."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
