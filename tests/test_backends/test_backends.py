@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expface_kernels import ArcFace, ExpFace, backends, margin_cross_entropy
+from expface_kernels import ArcFace, ExpFace, backends, functional, margin_cross_entropy
 from expface_kernels.backends import native
 from tests.cases import BACKENDS, SCALES, TARGET_GRADIENTS, batch, leaves, truth
 from tests.tolerances import assert_close, assert_rows_close
@@ -97,6 +97,44 @@ def test_a_subset_of_all_classes_changes_nothing(backend: str) -> None:
         _run(x, w, y, backend, class_subset=torch.arange(61)), _run(x, w, y, backend), strict=True
     ):
         assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("workspace_bytes", [0, 2**20])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+def test_a_sparse_gradient_is_the_subsets_rows_of_the_dense_one(
+    dtype: torch.dtype, workspace_bytes: int, backend: str, small_tiles: int
+) -> None:
+    x, w, y = batch("mixed", 9, 61, 16)
+    x, w = x.to(dtype), w.to(dtype)
+    subset = torch.unique(torch.cat([y, torch.tensor([0, 2, 17, 33, 58, 60])]))
+    positions = torch.searchsorted(subset, y)
+    positions[2] = -1  # a row whose target is another shard's
+    found = {}
+    for sparse_grad in (False, True):
+        a, b = leaves(x, w, dtype)
+        n = functional.negatives_of(
+            a,
+            b,
+            positions,
+            counted=torch.ones(9, dtype=torch.bool),
+            scale=16.0,
+            class_subset=subset,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+            find_hardest=False,
+            sparse_grad=sparse_grad,
+        )
+        (n.log_l.sum() - 3 * n.theta.sum()).backward()
+        found[sparse_grad] = (n.log_l, a.grad, b.grad)
+    dense, sparse = found[False], found[True]
+    assert torch.equal(dense[0], sparse[0])
+    assert torch.equal(dense[1], sparse[1])
+    rows = sparse[2].coalesce()
+    assert rows.shape == w.shape
+    assert rows.dtype == dtype
+    assert torch.equal(rows.indices()[0], subset)
+    assert torch.equal(rows.values(), dense[2][subset])
+    assert dense[2][subset].abs().amax(1).min() > 0
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

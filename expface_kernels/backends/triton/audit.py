@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16, E kept": {"workspace_bytes": 2**50},
     "bf16, s=128, hardest": {"scale": 128.0, "find_hardest": True},
     "bf16, class list": {"subset": True},
+    "bf16, class list, sparse gradient": {"subset": True, "sparse_grad": True},
     "float32 master as bf16": {"w_dtype": F32, "product_dtype": BF16},
     "fp16": {"x_dtype": F16, "w_dtype": F16},
     "float32 master as fp16": {"x_dtype": F16, "w_dtype": F32, "product_dtype": F16},

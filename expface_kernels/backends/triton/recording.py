@@ -31,6 +31,7 @@ class Case:
     find_hardest: bool = False
     subset: bool = False
     product_dtype: torch.dtype | None = None
+    sparse_grad: bool = False
 
     def run(self, arch: str, between: Callable[[], None] | None = None) -> None:
         """Forward and backward on meta tensors; watch `calls` to see what they do."""
@@ -38,7 +39,9 @@ class Case:
         w = torch.empty(self.classes, self.features, dtype=self.w_dtype, device="meta")
         y = torch.empty(self.rows, dtype=torch.int64, device="meta")
         subset = torch.empty(self.classes, dtype=torch.int64, device="meta") if self.subset else None
-        request = Request(self.scale, True, self.workspace_bytes, self.find_hardest, self.product_dtype)
+        request = Request(
+            self.scale, True, self.workspace_bytes, self.find_hardest, self.product_dtype, self.sparse_grad
+        )
         out = ForwardCall(x, w, y, subset, request, arch).forward()
         if between is not None:
             between()
