@@ -39,7 +39,9 @@ class Workers:
     """MOST_RANKS processes, each with a group for every number of ranks."""
 
     def __init__(self) -> None:
-        context = mp.get_context("spawn")
+        # Imports cost more than all else: the server makes them once, and forks before torch has threads.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.tensor", "expface_kernels"])
         self._folder = tempfile.TemporaryDirectory(prefix="expface-ranks-")
         store = str(Path(self._folder.name) / "store")
         self._ends: list[Connection] = []

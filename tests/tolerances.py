@@ -103,6 +103,11 @@ def assert_rows_close(actual: Tensor, truth: Tensor, *, cap: float, what: str = 
 # rounded to bf16 alone is off by up to 0.13.
 LOSS_OF_16_BIT_INPUTS = 2e-3
 
+# Ranks of a group against one process, norm over norm: sums over classes and rows in another order. In 16
+# bit each rank's share of a row's gradient is rounded, and their sum once more.
+SHARDED = {torch.float64: 1e-10, torch.float32: 1e-5}
+SHARDED_16_BIT = CAPS[torch.bfloat16]
+
 # Outside the policy, since what they bound is not held against a float64 truth. Absolute unless said.
 COSINE = 1e-6  # a float32 cosine
 UNIT_LENGTH = 1e-14  # of a float64 unit vector; also its product with one orthogonal to it
