@@ -35,10 +35,9 @@ class Ranks:
                 f"got {type(process_group).__name__}"
             )
         self.group = process_group
-        self.rank: int = dist.get_rank(process_group)
-        self.size: int = dist.get_world_size(process_group)
-        if self.rank < 0:
-            raise ValueError("process_group: expected one that this process belongs to, got one without it")
+        # Asked of the group itself: torch.distributed's functions look at the default group too.
+        self.rank: int = process_group.rank()
+        self.size: int = process_group.size()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # a copied head talks to the same ranks; a group itself cannot be copied
@@ -204,15 +203,14 @@ class _Combine(torch.autograd.Function):
         else:
             parts = _all_gather(torch.stack([log_l, theta])[None], ranks)
             total, angle = torch.logsumexp(parts[:, 0], 0), parts[:, 1].sum(0)
-        share = torch.where(log_l == -torch.inf, 0.0, torch.exp(log_l - total))
-        ctx.save_for_backward(share)
+        ctx.save_for_backward(torch.exp(log_l - total))
         return total, angle
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_log_l: Tensor, g_theta: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (share,) = ctx.saved_tensors
-        # An ignored row may hold NaN, and then so does its share.
+        # The share of a row may be NaN: of an ignored one, or of one with no negative on any rank.
         return torch.where(g_log_l == 0, 0.0, g_log_l * share), g_theta, None, None
 
 

@@ -44,9 +44,11 @@ class GradScaler(torch.amp.GradScaler):
         return {device: one.copy_(anywhere) for device, one in found.items()}
 
 
-def _local(parameter: Tensor) -> Any:
-    """A parameter, or in a DTensor's place what `_unscale_grads_` looks at: its local gradient."""
-    grad = parameter.grad
-    if grad is None or not hasattr(grad, "to_local"):
-        return parameter
-    return SimpleNamespace(grad=grad.to_local())
+def _local(parameter: Any) -> Tensor:
+    """A parameter, or in a DTensor's place what this rank holds of it, with its gradient."""
+    if parameter.grad is None or not hasattr(parameter.grad, "to_local"):
+        found: Tensor = parameter
+        return found
+    local: Tensor = parameter.detach().to_local()
+    local.grad = parameter.grad.to_local()
+    return local
