@@ -204,8 +204,11 @@ class NormFace(Margin):
 def row_parameters(margin: MarginFunction) -> dict[str, Tensor]:
     """Name → value of what a margin holds one value a row of: its attributes that are (B,) tensors.
 
-    Of an nn.Module these are its plain attributes; a parameter or a buffer is the same for all rows.
+    Of an nn.Module these are its plain attributes; a parameter or a buffer is the same for all rows. A margin
+    of your own with other 1-d tensors says so with an attribute `per_row = False`.
     """
+    if not getattr(margin, "per_row", True):
+        return {}
     held = getattr(margin, "__dict__", {})
     return {name: value for name, value in held.items() if isinstance(value, Tensor) and value.dim() == 1}
 
