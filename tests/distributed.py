@@ -2,6 +2,8 @@
 
     results = run_ranks(3, step, *arguments)        # step(group, *arguments) on ranks 0, 1, 2
 
+    with bare_processes(2, connect, *arguments) as (processes, ends): …   # no groups, fit to be killed
+
 Four worker processes wait for work; a group of n ranks is the last n of them, so that a rank of the group is
 no rank of the default group. Functions must be importable (top level of a module), arguments and results
 picklable. After a failure the workers are stopped, and the next test starts new ones.
@@ -10,13 +12,14 @@ picklable. After a failure the workers are stopped, and the next test starts new
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import multiprocessing as mp
 import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -39,9 +42,7 @@ class Workers:
     """MOST_RANKS processes, each with a group for every number of ranks."""
 
     def __init__(self) -> None:
-        # Imports cost more than all else: the server makes them once, and forks before torch has threads.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "expface_kernels"])
+        context = _context()
         self._folder = tempfile.TemporaryDirectory(prefix="expface-ranks-")
         store = str(Path(self._folder.name) / "store")
         self._ends: list[Connection] = []
@@ -101,6 +102,13 @@ class Workers:
         self._folder.cleanup()
 
 
+def _context() -> Any:
+    """Imports cost more than all else: a server makes them once, and forks before torch has threads."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor", "expface_kernels"])
+    return context
+
+
 _workers: list[Workers] = []
 
 
@@ -115,6 +123,32 @@ def run_ranks(
     except RankFailed:
         _workers.clear()
         raise
+
+
+@contextlib.contextmanager
+def bare_processes(
+    size: int, target: Callable[..., Any], *arguments: Any
+) -> Iterator[tuple[list[Any], list[Connection]]]:
+    """target(rank, folder, end, *arguments) in `size` new processes: these, and our ends of their pipes.
+
+    folder: theirs alone, for a dist.FileStore. They are killed at the end.
+    """
+    context = _context()
+    processes, ends = [], []
+    with tempfile.TemporaryDirectory(prefix="expface-bare-") as folder:
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=target, args=(rank, folder, theirs, *arguments), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            ends.append(ours)
+        try:
+            yield processes, ends
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 @atexit.register

@@ -5,7 +5,6 @@ W ranks · B rows of a rank · N rows of all, by rank · C classes · D features
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -67,10 +66,10 @@ CASES = [
 ]  # fmt: skip
 
 
-@functools.cache
-def on_ranks(world: int) -> list[dict[str, dict[str, Any]]]:
+@pytest.fixture(scope="module")
+def on_ranks(request: pytest.FixtureRequest) -> list[dict[str, dict[str, Any]]]:
     """By rank, all cases of that many ranks in one go."""
-    return run_ranks(world, sharded_steps, [case for case in CASES if case.world == world])
+    return run_ranks(request.param, sharded_steps, [case for case in CASES if case.world == request.param])
 
 
 def assert_equal(case: Case, what: str, found: Tensor | None, right: Tensor | None) -> None:
@@ -89,9 +88,16 @@ def assert_equal(case: Case, what: str, found: Tensor | None, right: Tensor | No
     assert error <= allowed, f"{what}: error {error:.3g}, at most {allowed:.3g} allowed"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_step_equals_one_process_on_the_whole_batch(case: Case) -> None:
-    results, right = [found[case.name] for found in on_ranks(case.world)], whole_step(case)
+@pytest.mark.parametrize(
+    ("on_ranks", "case"),
+    [(case.world, case) for case in CASES],
+    indirect=["on_ranks"],
+    ids=lambda value: value.name if isinstance(value, Case) else f"{value} ranks",
+)
+def test_a_step_equals_one_process_on_the_whole_batch(
+    on_ranks: list[dict[str, dict[str, Any]]], case: Case
+) -> None:
+    results, right = [found[case.name] for found in on_ranks], whole_step(case)
     factor = case.head.get("embedding_grad_scale", 1.0)
     assert torch.equal(torch.cat([found["local"] for found in results]), right["local"])
     for rank, found in enumerate(results):

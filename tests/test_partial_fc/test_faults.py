@@ -1,0 +1,265 @@
+"""What users of many ranks get wrong, and ranks that die: every rank gets an error, none waits for ever.
+
+B rows of a rank · C classes · D features
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from expface_kernels import ArcFace, CosFace, ExpFace, MarginSoftmaxHead
+from tests.distributed import DEADLINE, bare_processes, run_ranks
+
+C, D = 10, 8
+ODD_ONE = 1  # the rank that does it another way, of 3
+TIMEOUT = 6.0  # seconds, of the group whose rank dies
+
+
+def no_margin(theta: Tensor) -> Tensor:
+    return torch.cos(theta)
+
+
+def some_margin(theta: Tensor) -> Tensor:
+    return torch.cos(theta) - 0.1
+
+
+# name → (what the others build with, what rank 1 does, how the two are shown)
+BUILT_OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "num_classes": ({}, {"num_classes": 11}, "10", "11"),
+    "embedding_size": ({}, {"embedding_size": 9}, "8", "9"),
+    "margin": ({"margin": ExpFace(0.7)}, {"margin": ExpFace(0.5)}, "ExpFace(m=0.7)", "ExpFace(m=0.5)"),
+    "margin, kind": (
+        {"margin": ArcFace(0.5)},
+        {"margin": ArcFace(0.5, "easy")},
+        "ArcFace(m=0.5, boundary=none)",
+        "ArcFace(m=0.5, boundary=easy)",
+    ),
+    "margin, yours": ({"margin": no_margin}, {"margin": some_margin}, "no_margin", "some_margin"),
+    "scale": ({"scale": 64.0}, {"scale": 32.0}, "64.0", "32.0"),
+    "sample_rate": ({}, {"sample_rate": 0.1}, "1.0", "0.1"),
+    "reduction": ({}, {"reduction": "sum"}, "mean", "sum"),
+    "target_gradient": ({}, {"target_gradient": "exact"}, "detached", "exact"),
+    "ignore_index": ({}, {"ignore_index": -1}, "-100", "-1"),
+    "embedding_grad_scale": ({}, {"embedding_grad_scale": 1.0}, "None", "1.0"),
+    "equal_rows": ({}, {"equal_rows": True}, "False", "True"),
+    "seed": ({}, {"seed": 7}, "0", "7"),
+    "dtype": ({}, {"dtype": torch.float64}, "torch.float32", "torch.float64"),
+}
+
+
+def message(call: Any) -> str:
+    """What it raises, as "Type: text"; "" for nothing."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def built(group: Any, **options: Any) -> MarginSoftmaxHead:
+    return MarginSoftmaxHead(**{"embedding_size": D, "num_classes": C, "process_group": group, **options})
+
+
+def building(group: Any) -> dict[str, str]:
+    """What this rank is told of each disagreement, and of arguments that rank 1 alone gets wrong."""
+    odd = group.rank() == ODD_ONE
+    told = {
+        name: message(lambda options=theirs if odd else ours: built(group, **options))
+        for name, (ours, theirs, *_) in BUILT_OTHERWISE.items()
+    }
+    several = {"num_classes": C + group.rank(), "scale": 32.0 if odd else 64.0}
+    told["several"] = message(lambda: built(group, **several))
+    told["refused"] = message(lambda: built(group, scale=-1.0 if odd else 64.0))
+    told["sparse"] = message(lambda: built(group, sparse_grad=True))
+    told["no member"] = message(lambda: built(dist.GroupMember.NON_GROUP_MEMBER))
+    told["right after all"] = message(lambda: built(group))
+    return told
+
+
+def test_ranks_that_build_another_head_are_named_with_what_they_said() -> None:
+    for rank, told in enumerate(run_ranks(3, building)):
+        for name, (_, _, usual, other) in BUILT_OTHERWISE.items():
+            expected = (
+                f"ValueError: {name.split(',')[0]}: expected the same on every rank of process_group, "
+                f"got {usual} on ranks 0, 2, {other} on rank 1"
+            )
+            assert told[name] == expected, rank
+        assert "num_classes: expected the same" in told["several"]
+        assert "got 10 on rank 0, 11 on rank 1, 12 on rank 2; scale: expected" in told["several"]
+        own = "scale: expected a finite number above 0, got -1.0"
+        others = f"rank 1 of process_group refused the head: {own}"
+        assert told["refused"] == "ValueError: " + (own if rank == ODD_ONE else others)
+        assert told["sparse"].startswith("ValueError: sparse_grad: expected False with process_group")
+        assert told["no member"].startswith("TypeError: process_group: expected")
+        assert told["right after all"] == ""
+
+
+def stepping(group: Any) -> dict[str, str]:
+    """The same of calls: rank 1 does one thing another way, then all go on as if nothing had been."""
+    odd = group.rank() == ODD_ONE
+    head = built(group, sample_rate=0.9)
+    x, y = torch.randn(3, D, requires_grad=True), torch.tensor([0, 5, C - 1])
+    told = {}
+
+    def call(**changed: Any) -> None:
+        arguments = {"x": x, "y": y, "return_stats": False, **(changed if odd else {})}
+        head(arguments["x"], arguments["y"], return_stats=arguments["return_stats"])
+
+    def with_attribute(name: str, value: Any) -> str:
+        usual = getattr(head, name)
+        if odd:
+            setattr(head, name, value)
+        found = message(call)
+        setattr(head, name, usual)
+        return found
+
+    for name, value in (
+        ("margin", CosFace(0.1)),
+        ("scale", 32.0),
+        ("reduction", "sum"),
+        ("target_gradient", "exact"),
+        ("embedding_grad_scale", 1.0),
+        ("training", False),
+    ):
+        told[name] = with_attribute(name, value)
+    told["per-row margin"] = with_attribute("margin", ExpFace(torch.full((3,), 0.7)))
+    told["rows of the margin"] = with_attribute("margin", ExpFace(torch.full((4,), 0.7)))
+    told["return_stats"] = message(lambda: call(return_stats=True))
+    told["dtype"] = message(lambda: call(x=x.detach().double().requires_grad_()))
+    told["frozen"] = message(lambda: call(x=x.detach()))
+    with torch.set_grad_enabled(not odd):
+        told["grad mode"] = message(call)
+    told["shape"] = message(lambda: call(x=x[:, :-1]))
+    told["not a tensor"] = message(lambda: call(x=[1.0]))
+    told["float labels"] = message(lambda: call(y=y.float()))
+    told["label out of range"] = message(lambda: call(y=y + 1))
+    told["labels missing"] = message(lambda: call(y=y[:2]))
+    told["k"] = message(lambda: head.topk(x, 3 if odd else 2))
+    told["right after all"] = message(lambda: head(x, y).backward())
+    told["sampling_step"] = str(head.sampling_step)
+    return told
+
+
+def test_ranks_that_step_another_way_are_told_and_may_go_on() -> None:
+    same = "expected the same on every rank of process_group, got"
+    for rank, told in enumerate(run_ranks(3, stepping)):
+
+        def refused(text: str, kind: str = "ValueError", rank: int = rank) -> str:
+            others = f"ValueError: rank 1 of process_group refused this call: {text}"
+            return f"{kind}: {text}" if rank == ODD_ONE else others
+
+        for name, usual, other in (
+            ("margin", "ExpFace(m=0.7)", "CosFace(m=0.1)"),
+            ("scale", "64.0", "32.0"),
+            ("reduction", "mean", "sum"),
+            ("target_gradient", "detached", "exact"),
+            ("embedding_grad_scale", "3.0", "1.0"),
+            ("return_stats", "False", "True"),
+        ):
+            assert told[name] == f"ValueError: {name}: {same} {usual} on ranks 0, 2, {other} on rank 1"
+        assert f"sample_rate: {same} 0.9 on ranks 0, 2, 1.0 on rank 1" in told["training"]
+        assert f"per-row margin: {same} False on ranks 0, 2, True on rank 1" in told["per-row margin"]
+        assert told["rows of the margin"] == refused(
+            "margin: expected m of shape (3,), one value for each of this rank's rows, got (4,)"
+        )
+        assert f"embeddings: {same} torch.float32, requires_grad=True on ranks 0, 2" in told["dtype"]
+        assert "torch.float64, requires_grad=True on rank 1" in told["dtype"]
+        assert "torch.float32, requires_grad=False on rank 1" in told["frozen"]
+        assert f"grad_enabled: {same} True on ranks 0, 2, False on rank 1" in told["grad mode"]
+        assert told["shape"] == refused(
+            "embeddings: expected 8 features as in weight (4, 8), got shape (3, 7)"
+        )
+        assert told["not a tensor"] == refused("embeddings: expected a tensor (B, D), got list", "TypeError")
+        assert told["float labels"] == refused(
+            "labels: expected an integer dtype, got torch.float32", "TypeError"
+        )
+        assert told["label out of range"] == refused(
+            "labels: expected 0 <= label < 10 or ignore_index=-100, got 10 in row 2"
+        )
+        assert told["labels missing"] == refused("labels: expected shape (3,) or (3, 1), got (2,)")
+        assert told["k"] == f"ValueError: k: {same} 2 on ranks 0, 2, 3 on rank 1"
+        assert told["right after all"] == ""
+        assert told["sampling_step"] == "1"
+
+
+class WithBackbone(nn.Module):
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(D, D)
+        self.head = head
+
+
+def wrapping(group: Any) -> dict[str, str]:
+    """What DistributedDataParallel says to a head, to a model with one, and to one told to leave it alone."""
+    head, model = built(group), WithBackbone(built(group))
+    told = {
+        "head": message(lambda: DistributedDataParallel(head, process_group=group)),
+        "model": message(lambda: DistributedDataParallel(model, process_group=group)),
+        "listed": str([name for name, _ in model.named_parameters()]),
+    }
+    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(model, ["head.weight"])
+    told["ignored"] = message(lambda: DistributedDataParallel(model, process_group=group))
+    one = WithBackbone(MarginSoftmaxHead(D, C))
+    told["one process"] = message(lambda: DistributedDataParallel(one, process_group=group))
+    return told
+
+
+def test_a_wrapped_head_says_what_to_wrap_instead() -> None:
+    for told in run_ranks(2, wrapping):
+        for where, name in (("head", "weight"), ("model", "head.weight")):
+            assert told[where].startswith("RuntimeError: DistributedDataParallel: expected a module without")
+            assert f"got one with {name}." in told[where]
+            assert "wrap the backbone only" in told[where]
+        assert told["listed"] == "['backbone.weight', 'backbone.bias', 'head.weight']"
+        assert told["ignored"] == ""
+        assert told["one process"] == ""
+
+
+def until_one_dies(rank: int, folder: str, end: Any) -> None:
+    """A step with all three ranks, then rank 1 waits to be killed and the others try two more."""
+    store = dist.FileStore(f"{folder}/store", 3)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
+    x, y = torch.randn(3, D, requires_grad=True), torch.tensor([0, 5, C - 1])
+    built(dist.group.WORLD)(x, y).backward()  # all that a first step does once takes its time
+    head = built(dist.new_group(timeout=timedelta(seconds=TIMEOUT)))
+    head(x, y).backward()
+    end.send_bytes(pickle.dumps("ready"))
+    if rank == ODD_ONE:
+        time.sleep(600)
+    end.recv_bytes()
+    for _ in range(2):
+        began = time.monotonic()
+        told = message(lambda: head(x, y).backward())
+        end.send_bytes(pickle.dumps((told, time.monotonic() - began)))
+
+
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_a_rank_that_dies_or_hangs_leaves_the_others_with_an_error_in_time(how: str) -> None:
+    with bare_processes(3, until_one_dies) as (processes, ends):
+        for end in ends:
+            assert end.poll(2 * DEADLINE)
+            end.recv_bytes()
+        if how == "killed":
+            processes[ODD_ONE].kill()
+            processes[ODD_ONE].join()
+        survivors = [end for rank, end in enumerate(ends) if rank != ODD_ONE]
+        for end in survivors:
+            end.send_bytes(b"go on")
+        for end in survivors:
+            for _ in range(2):  # whoever catches the error and tries again is not caught by a hang
+                assert end.poll(TIMEOUT + DEADLINE)
+                told, seconds = pickle.loads(end.recv_bytes())
+                assert told
+                assert not told.startswith("ValueError"), "no argument was wrong"
+                # Two collectives at most end by time: the step's own, and what a rank with an error sends.
+                assert seconds < 2 * TIMEOUT + 10
