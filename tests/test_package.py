@@ -34,6 +34,8 @@ LAYERS = {
     "partial_fc": 5,
     "heads": 6,
     "": 7,  # the package's own __init__
+    "checkpoint": 8,
+    "compat": 8,
 }
 # Narrower than their layer: nothing may reach a margin or the truth that they would have to follow.
 ONLY = {"margins": set(), "stats": set(), "reference": {"margins", "stats"}}

@@ -1,0 +1,27 @@
+"""Checkpoints of class centres that load on any number of ranks, and onto other classes.
+
+`save_centres` and `load_centres`: all centres and their optimizer state in one safetensors file.
+`save_sharded` and `load_sharded`: whole models and optimizers through torch.distributed.checkpoint.
+`open_centres`, `open_insightface`, `centres_of`: tables to load, save again, or give to `remap_classes`.
+"""
+
+from expface_kernels.checkpoint.centres import load_centres, save_centres
+from expface_kernels.checkpoint.insightface import open_insightface
+from expface_kernels.checkpoint.live import centres_of
+from expface_kernels.checkpoint.remap import class_mapping, remap_classes
+from expface_kernels.checkpoint.safetensors_file import open_centres
+from expface_kernels.checkpoint.sharded import load_sharded, save_sharded
+from expface_kernels.checkpoint.table import CentreTable
+
+__all__ = [
+    "CentreTable",
+    "centres_of",
+    "class_mapping",
+    "load_centres",
+    "load_sharded",
+    "open_centres",
+    "open_insightface",
+    "remap_classes",
+    "save_centres",
+    "save_sharded",
+]

@@ -1,0 +1,142 @@
+"""Other classes than before: added, dropped, reordered, with the optimizer state of those that stay.
+
+C classes, all of them · D features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from expface_kernels.checkpoint.table import STATE_PREFIX, WEIGHT, CentreTable
+from expface_kernels.checks import INTEGERS
+from expface_kernels.partial_fc.ranges import ClassRange
+
+ADDED = -1
+INIT_STD = 0.01  # as a new head's
+# What torch's optimizers start a row with.
+FRESH_STATE = {
+    "momentum_buffer": 0.0,  # SGD, RMSprop
+    "exp_avg": 0.0,  # Adam and its kin
+    "exp_avg_sq": 0.0,
+    "max_exp_avg_sq": 0.0,
+    "exp_inf": 0.0,  # Adamax
+    "square_avg": 0.0,  # RMSprop, Adadelta
+    "grad_avg": 0.0,
+    "acc_delta": 0.0,
+}
+# Added classes are drawn in blocks, each from its own seed, so that a value depends neither on how many
+# ranks read it nor on where they cut.
+BLOCK = 1024
+
+
+def class_mapping(old: Sequence[Hashable], new: Sequence[Hashable]) -> Tensor:
+    """The mapping for `remap_classes` from the names of the old classes and of the new, each in label order.
+
+    Returns (C_new,) int64: the old class of the same name, −1 where there is none. ValueError where a name
+    occurs twice.
+    """
+    for argument, names in (("old", old), ("new", new)):
+        if len(set(names)) != len(names):
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise ValueError(f"{argument}: expected each class once, got {twice!r} twice")
+    index = {name: label for label, name in enumerate(old)}
+    return torch.tensor([index.get(name, ADDED) for name in new], dtype=torch.int64)
+
+
+def remap_classes(
+    table: CentreTable,
+    old_class: Tensor | Sequence[int],
+    *,
+    seed: int = 0,
+    fresh_state: Mapping[str, float] | None = None,
+) -> RemappedTable:
+    """A table with other classes than `table`, made when its rows are read.
+
+    Args:
+        table: from `open_centres`, `open_insightface` or `centres_of`.
+        old_class: (C_new,) integers: which class of `table` each new class was, −1 for one that is added.
+            Each old class at most once; those not named are dropped. `class_mapping` makes it from names.
+        seed: of the added centres, normal(0, 0.01): the same ones however many ranks read them.
+        fresh_state: by name, what an added class's optimizer state holds. Known are torch's SGD, Adam, AdamW,
+            Adamax, RMSprop and Adadelta, all of which start with 0; needed for any other.
+
+    Numbers that all classes share (Adam's step) stay. An added class then starts with zero moments at a late
+    step: with β = (0.9, 0.999) its first update is 3.2 times the learning rate, against 1 in a new training.
+
+    Raises:
+        TypeError, ValueError: `old_class` of another dtype or shape, out of range, or with a class twice; a
+            state whose fresh value is not known; a table that has only this rank's classes.
+    """
+    mapping = torch.as_tensor(old_class)
+    if mapping.dim() != 1 or mapping.numel() == 0:
+        raise ValueError(f"old_class: expected shape (C_new,), got {tuple(mapping.shape)}")
+    if mapping.dtype not in INTEGERS:
+        raise TypeError(f"old_class: expected an integer dtype, got {mapping.dtype}")
+    mapping = mapping.cpu().long()
+    least, most = int(mapping.min()), int(mapping.max())
+    if least < ADDED or most >= table.num_classes:
+        wrong = least if least < ADDED else most
+        raise ValueError(f"old_class: expected −1 or a class below {table.num_classes}, got {wrong}")
+    kept = mapping[mapping != ADDED]
+    classes, counts = kept.unique(return_counts=True)
+    if classes.numel() != kept.numel():
+        raise ValueError(
+            f"old_class: expected each class at most once, got {int(classes[counts > 1][0])} twice"
+        )
+    if table.held.size != table.num_classes:
+        raise ValueError(
+            f"{table.origin}: expected a table of all {table.num_classes} classes, got this rank's "
+            f"{table.held.size}; save the centres, then remap the file"
+        )
+    fresh = FRESH_STATE | dict(fresh_state or {})
+    for name in table.tensors:
+        short = name.removeprefix(STATE_PREFIX)
+        if name != WEIGHT and short not in fresh:
+            raise ValueError(f"fresh_state: expected a value for {short!r}, got {dict(fresh_state or {})}")
+    return RemappedTable(table, mapping, seed, fresh)
+
+
+class RemappedTable(CentreTable):
+    """The rows of another table under new class ids; see `remap_classes`."""
+
+    def __init__(self, table: CentreTable, old_class: Tensor, seed: int, fresh: Mapping[str, float]) -> None:
+        self.num_classes = old_class.numel()
+        self.tensors = table.tensors
+        self.values = table.values
+        self.optimizer = table.optimizer
+        self.held = ClassRange(0, self.num_classes)
+        self.origin = f"{table.origin} (remapped)"
+        self._table = table
+        self._old_class = old_class
+        self._seed = seed
+        self._fresh = fresh
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        old = self._old_class[start:stop]
+        kept = old != ADDED
+        dtype, row = self.tensors[name]
+        out = torch.empty((stop - start, *row), dtype=dtype)
+        if kept.any():
+            # In the old order, so that neighbours are read at once.
+            order = old[kept].argsort()
+            out[kept.nonzero()[:, 0][order]] = self._table.take(name, old[kept][order]).cpu()
+        if not kept.all():
+            added = (~kept).nonzero()[:, 0]
+            if name == WEIGHT:
+                out[added] = self._drawn(added + start, dtype, row)
+            else:
+                out[added] = self._fresh[name.removeprefix(STATE_PREFIX)]
+        return out
+
+    def _drawn(self, classes: Tensor, dtype: torch.dtype, row: tuple[int, ...]) -> Tensor:
+        """First centres of the new classes (n,), rising."""
+        pieces = []
+        for block in (classes // BLOCK).unique().tolist():
+            # A large odd factor, so that seed 0's second block is not seed 1's first.
+            generator = torch.Generator().manual_seed((self._seed * 0x9E3779B97F4A7C15 + block) % 2**63)
+            drawn = torch.empty((BLOCK, *row), dtype=dtype).normal_(0, INIT_STD, generator=generator)
+            pieces.append(drawn[classes[classes // BLOCK == block] - block * BLOCK])
+        return torch.cat(pieces)
