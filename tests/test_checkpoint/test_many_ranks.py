@@ -241,9 +241,12 @@ def test_a_rank_without_classes_may_have_no_state(saved_by_four: Path) -> None:
     head = Head(5)
     optimizer = OPTIMIZERS["adamw"](head.parameters())
     load_centres(saved_by_four / "idle.safetensors", head.weight, optimizer)
-    step = optimizer.state[head.weight]["step"]
-    step.sub_(1)  # of the backbone, after the rows were set
     assert_is_truth(head.weight, optimizer, "adamw", 0, 5)
+    model = model_of(5, None)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    load_sharded(saved_by_four / "idle", model, optimizer)
+    assert_is_truth(model["head"].weight, optimizer, "adamw", 0, 5)
+    assert model["backbone"].bias not in optimizer.state  # it had no gradient yet, and no state
 
 
 def test_when_a_rank_dies_the_others_raise_and_the_old_file_stays(tmp_path: Path) -> None:

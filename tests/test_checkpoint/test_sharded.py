@@ -1,0 +1,184 @@
+"""torch.distributed.checkpoint in one process: nothing half-done, nothing lost, no code run."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from expface_kernels import MarginSoftmaxHead
+from expface_kernels.checkpoint import load_sharded, save_sharded, sharded
+from tests.test_checkpoint.trained import OPTIMIZERS, D, Head, assert_is_truth, fill_with_truth
+
+C = 11
+
+
+def trained(num_classes: int = C, kind: str = "adamw") -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
+    model = nn.ModuleDict({"head": Head(num_classes)})
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    fill_with_truth(model["head"].weight, optimizer, 0, num_classes)
+    return model, optimizer
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    save_sharded(tmp_path / "checkpoint", *trained())
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    return tmp_path / "checkpoint"
+
+
+def assert_refused_and_nothing_lost(
+    checkpoint: Path, error: type[Exception], message: str, num_classes: int = C, kind: str = "adamw"
+) -> None:
+    model, optimizer = trained(num_classes, kind)
+    weight = model["head"].weight
+    weight.grad = torch.full_like(weight, 3.0)
+    with pytest.raises(error, match=message):
+        load_sharded(checkpoint, model, optimizer)
+    assert_is_truth(weight, optimizer, kind, 0, num_classes)
+    assert weight.grad is not None
+    assert (weight.grad == 3).all()
+
+
+def test_another_number_of_classes(checkpoint: Path) -> None:
+    message = r"model.head.weight: expected shape \(12, 6\) as in the model, got \(11, 6\)"
+    assert_refused_and_nothing_lost(checkpoint, ValueError, message, num_classes=12)
+
+
+def test_another_optimizer(checkpoint: Path) -> None:
+    message = r"got a checkpoint without \['optimizer.state.head.weight.momentum_buffer'\]"
+    assert_refused_and_nothing_lost(checkpoint, ValueError, message, kind="sgd")
+
+
+def test_another_dtype_and_another_module(checkpoint: Path) -> None:
+    model = nn.ModuleDict({"head": Head(C, dtype=torch.float64)})
+    with pytest.raises(ValueError, match=r"model.head.weight: expected torch.float64, got torch.float32"):
+        load_sharded(checkpoint, model)
+    assert not model["head"].weight.any()
+    with pytest.raises(ValueError, match=r"without \['model.other.weight'\]"):
+        load_sharded(checkpoint, nn.ModuleDict({"other": Head(C)}))
+    larger = checkpoint.with_name("larger")
+    save_sharded(larger, nn.ModuleDict({"head": Head(C), "more": Head(C)}))
+    with pytest.raises(ValueError, match=r"with the unknown \['model.more.weight'\]"):
+        load_sharded(larger, nn.ModuleDict({"head": Head(C)}))
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "no index", "no directory"])
+def test_a_damaged_checkpoint(harm: str, checkpoint: Path) -> None:
+    (shard,) = checkpoint.glob("*.distcp")
+    error: type[Exception] = FileNotFoundError
+    if harm == "missing":
+        shard.unlink()
+        message = f"{shard.name}: a shard of the checkpoint is missing"
+    elif harm == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+        error, message = ValueError, "expected at least .* it is truncated"
+    elif harm == "no index":
+        (checkpoint / ".metadata").unlink()
+        message = "expected a checkpoint directory, got one without .metadata"
+    else:
+        checkpoint = checkpoint / "deeper"
+        message = "deeper: no such directory"
+    assert_refused_and_nothing_lost(checkpoint, error, message)
+
+
+def test_an_existing_directory_is_not_overwritten(checkpoint: Path) -> None:
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    with pytest.raises(FileExistsError, match="expected a new directory, got one that exists"):
+        save_sharded(checkpoint, *trained(7))
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, *args: Any, **kwargs: Any) -> None:
+        assert list(tmp_path.glob(".*.tmp"))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "finish", fail)
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        save_sharded(tmp_path / "checkpoint", *trained())
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    """Torch's own makes up a state by a step of the optimizer, and drops gradients."""
+    head = Head(C)
+    optimizer = OPTIMIZERS["adamw"](head.parameters())
+    head.weight.grad = torch.ones_like(head.weight)
+    save_sharded(tmp_path / "checkpoint", head, optimizer)
+    assert not optimizer.state
+    assert (head.weight.grad == 1).all()
+    assert not head.weight.any()
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+    model, optimizer = trained()
+    optimizer.param_groups[0]["lr"] = 5.0
+    load_sharded(tmp_path / "checkpoint", model["head"], optimizer_of(model["head"]))
+    other = optimizer_of(model["head"])
+    load_sharded(tmp_path / "checkpoint", model["head"], other)
+    assert not other.state  # it was saved before the first step
+    assert other.param_groups[0]["lr"] == 0.01
+    assert other.param_groups[0]["betas"] == (0.8, 0.95)
+
+
+def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=5.0)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_a_real_head_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path) -> None:
+    def step(model: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+        model["head"](model["backbone"](x), torch.arange(8)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def build(seed: int) -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.ModuleDict({"backbone": nn.Linear(16, D), "head": MarginSoftmaxHead(D, 20, seed=seed)})
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    first, second = build(1), build(2)
+    step(*first)
+    save_sharded(tmp_path / "checkpoint", *first)
+    step(*first)
+    load_sharded(tmp_path / "checkpoint", *second)
+    step(*second)
+    for ours, theirs in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class Exploit:
+    """What a hostile file holds."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+def test_an_index_with_code_does_not_run_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Exploit()))
+    message = r".metadata: expected a checkpoint's index, got pathlib"
+    assert_refused_and_nothing_lost(checkpoint, pickle.UnpicklingError, message)
+    assert not (checkpoint / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_value_with_code_does_not_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learning rate, say, is stored by torch.save, and torch's own planner would run what is in it."""
+    state = {"model": {}, "optimizer": {"state": {}, "param_groups": [{"lr": Exploit()}]}}
+    dcp.save(state, checkpoint_id=tmp_path / "bad", no_dist=True)
+    monkeypatch.chdir(tmp_path)
+    planner = sharded._Planner()
+    wanted: dict[str, Any] = {"model": {}, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
+    with pytest.raises(BaseException, match=r"weights_only|Weights only"):
+        dcp.load(wanted, storage_reader=sharded._Reader(tmp_path / "bad"), planner=planner, no_dist=True)
+    assert not (tmp_path / "ran").exists()
