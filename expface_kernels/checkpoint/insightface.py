@@ -86,6 +86,14 @@ class InsightFaceTable(CentreTable):
                 pieces.append(part[name][low - held.start : high - held.start])
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
+    def take(self, name: str, classes: Tensor) -> Tensor:
+        dtype, row = self.tensors[name]
+        out = torch.empty((classes.numel(), *row), dtype=dtype)
+        for part, held in zip(self._parts, self._ranges, strict=True):
+            here = (classes >= held.start) & (classes < held.stop)
+            out[here] = part[name][classes[here] - held.start]
+        return out
+
 
 def _rank_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
     if not isinstance(source, (str, os.PathLike)):

@@ -115,28 +115,26 @@ class RemappedTable(CentreTable):
         self._fresh = fresh
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        old = self._old_class[start:stop]
+        return self.take(name, torch.arange(start, stop))
+
+    def take(self, name: str, classes: Tensor) -> Tensor:
+        old = self._old_class[classes]
         kept = old != ADDED
         dtype, row = self.tensors[name]
-        out = torch.empty((stop - start, *row), dtype=dtype)
-        if kept.any():
-            # In the old order, so that neighbours are read at once.
-            order = old[kept].argsort()
-            out[kept.nonzero()[:, 0][order]] = self._table.take(name, old[kept][order]).cpu()
-        if not kept.all():
-            added = (~kept).nonzero()[:, 0]
-            if name == WEIGHT:
-                out[added] = self._drawn(added + start, dtype, row)
-            else:
-                out[added] = self._fresh[name.removeprefix(STATE_PREFIX)]
+        out = torch.empty((classes.numel(), *row), dtype=dtype)
+        out[kept] = self._table.take(name, old[kept]).cpu()
+        if name == WEIGHT:
+            self._draw(out, ~kept, classes)
+        else:
+            out[~kept] = self._fresh[name.removeprefix(STATE_PREFIX)]
         return out
 
-    def _drawn(self, classes: Tensor, dtype: torch.dtype, row: tuple[int, ...]) -> Tensor:
-        """First centres of the new classes (n,), rising."""
-        pieces = []
-        for block in (classes // BLOCK).unique().tolist():
+    def _draw(self, out: Tensor, added: Tensor, classes: Tensor) -> None:
+        """First centres into the rows of `out` where `added`, which are the new `classes`."""
+        blocks = classes // BLOCK
+        for block in blocks[added].unique().tolist():
             # A large odd factor, so that seed 0's second block is not seed 1's first.
             generator = torch.Generator().manual_seed((self._seed * 0x9E3779B97F4A7C15 + block) % 2**63)
-            drawn = torch.empty((BLOCK, *row), dtype=dtype).normal_(0, INIT_STD, generator=generator)
-            pieces.append(drawn[classes[classes // BLOCK == block] - block * BLOCK])
-        return torch.cat(pieces)
+            drawn = out.new_empty(BLOCK, *out.shape[1:]).normal_(0, INIT_STD, generator=generator)
+            here = added & (blocks == block)
+            out[here] = drawn[classes[here] - block * BLOCK]

@@ -96,6 +96,11 @@ class SafetensorsTable(CentreTable):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self._file.get_slice(self._names[name])[start:stop]
 
+    def take(self, name: str, classes: Tensor) -> Tensor:
+        # A view of the mapped file: only what is indexed is read.
+        mapped: Tensor = self._file.get_tensor(self._names[name])
+        return mapped[classes]
+
     def close(self) -> None:
         """Unmap the file."""
         self._file.__exit__(None, None, None)

@@ -48,13 +48,8 @@ class CentreTable:
         raise NotImplementedError
 
     def take(self, name: str, classes: Tensor) -> Tensor:
-        """The rows of `classes` (n,) int64, n ≥ 1, in their order. Runs of neighbours are read at once."""
-        starts = torch.ones_like(classes, dtype=torch.bool)
-        starts[1:] = classes[1:] != classes[:-1] + 1
-        first = starts.nonzero()[:, 0]
-        lengths = torch.diff(first, append=torch.tensor([classes.numel()]))
-        runs = zip(classes[first].tolist(), lengths.tolist(), strict=True)
-        return torch.cat([self.rows(name, start, start + length) for start, length in runs])
+        """The rows of `classes` (n,) int64 on the CPU, in their order, as a tensor of its own."""
+        raise NotImplementedError
 
     def row_bytes(self, name: str) -> int:
         """Bytes of one row."""

@@ -55,6 +55,8 @@ def test_files_of_all_ranks_are_one_table(num_classes: int, world_size: int, tmp
     for start in range(0, num_classes, max(1, num_classes // 7)):
         stop = min(num_classes, start + 3)
         assert torch.equal(table.rows("weight", start, stop), truth("weight", num_classes)[start:stop])
+    shuffled = torch.randperm(num_classes)
+    assert torch.equal(table.take("weight", shuffled), truth("weight", num_classes)[shuffled])
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -85,6 +85,16 @@ def test_added_centres_do_not_depend_on_how_they_are_read() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_remapped_table_can_be_remapped() -> None:
+    weight, optimizer = trained("sgd")
+    once = remap_classes(centres_of(weight, optimizer), [4, -1, 0, 36])
+    twice = remap_classes(once, [3, 1, -1])
+    rows = twice.rows("weight", 0, 3)
+    assert torch.equal(rows[0], truth("weight", C)[36])
+    assert torch.equal(rows[1], once.rows("weight", 1, 2)[0])
+    assert not twice.rows("optimizer.momentum_buffer", 1, 3).any()
+
+
 def test_a_mapping_from_names() -> None:
     mapping = class_mapping(["ann", "bob", "cyd"], ["cyd", "dan", "ann"])
     assert mapping.tolist() == [2, -1, 0]
