@@ -218,6 +218,7 @@ def saved_by_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("world_size", [3, 2])
 def test_what_four_ranks_saved_loads_on_fewer(world_size: int, saved_by_four: Path) -> None:
+    """Where users of InsightFace are stuck: what four saved three cannot load, or a wrong C loads."""
     run_ranks(world_size, load_all, saved_by_four)
 
 
