@@ -12,10 +12,11 @@ from torch import Tensor
 
 from expface_kernels.checkpoint.table import STATE_PREFIX, WEIGHT, CentreTable
 from expface_kernels.checks import INTEGERS
+from expface_kernels.partial_fc.centres import INIT_STD
 from expface_kernels.partial_fc.ranges import ClassRange
+from expface_kernels.partial_fc.sampling import mixed_seed
 
 ADDED = -1
-INIT_STD = 0.01  # as a new head's
 # What torch's optimizers start a row with.
 FRESH_STATE = {
     "momentum_buffer": 0.0,  # SGD, RMSprop
@@ -133,8 +134,7 @@ class RemappedTable(CentreTable):
         """First centres into the rows of `out` where `added`, which are the new `classes`."""
         blocks = classes // BLOCK
         for block in blocks[added].unique().tolist():
-            # A large odd factor, so that seed 0's second block is not seed 1's first.
-            generator = torch.Generator().manual_seed((self._seed * 0x9E3779B97F4A7C15 + block) % 2**63)
+            generator = torch.Generator().manual_seed(mixed_seed(self._seed, block))
             drawn = out.new_empty(BLOCK, *out.shape[1:]).normal_(0, INIT_STD, generator=generator)
             here = added & (blocks == block)
             out[here] = drawn[classes[here] - block * BLOCK]
