@@ -56,6 +56,8 @@ class Setting:
     embedding_grad_scale: float | None = None
     """None: the number of ranks."""
     equal_rows: bool = False
+    negatives: Callable[..., Negatives] = functional.negatives_of
+    """What looks at this rank's classes; another with the same arguments may take its place."""
 
     @property
     def grad_scale(self) -> float:
@@ -201,7 +203,7 @@ def _local_negatives(batch: Batch, local_weight: Tensor, setting: Setting, find_
         subset = torch.arange(size, device=y.device)
     if subset is not None:
         y = torch.where(y >= 0, torch.searchsorted(subset, y.clamp_min(0)), y)
-    n = functional.negatives_of(
+    n = setting.negatives(
         batch.x,
         local_weight,
         y,
