@@ -1,0 +1,297 @@
+"""InsightFace's PartialFC_V2 on fused kernels: in a training script only the import line changes.
+
+    from expface_kernels.compat.insightface import PartialFC_V2
+
+B rows of this rank · N rows of all ranks · D features · C classes of this rank · S of its sample
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from expface_kernels import backends, functional
+from expface_kernels.backends.base import INVALID_TARGET
+from expface_kernels.checks import check_flag, check_integer, check_sample_rate, check_scale
+from expface_kernels.compat.insightface_margins import (
+    Recognised,
+    check_margin_loss,
+    recognise,
+    warn_of_dropped,
+)
+from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, Negatives
+from expface_kernels.margins import Margin, describe
+from expface_kernels.partial_fc.centres import initialize
+from expface_kernels.partial_fc.comm import Ranks, check_agreement
+from expface_kernels.partial_fc.loss import Setting, partial_loss
+from expface_kernels.partial_fc.ranges import insightface_ranges
+from expface_kernels.partial_fc.replication import refuse_ddp
+from expface_kernels.partial_fc.sampling import draw, mixed_seed
+from expface_kernels.reference import normalize, pair_angle
+
+FILTER_TILE_ELEMENTS = 1 << 23
+"""Logits that are there at a time while cosines are filtered: 32 MB of float32, a few times over."""
+
+
+class PartialFC_V2(nn.Module):
+    """Class centres over the ranks of torch's default group and their margin softmax, as InsightFace has it.
+
+    Called with this rank's rows, local_embeddings (B, D) and local_labels (B,) or (B, 1), it returns the
+    mean loss over the rows of all ranks; every rank calls backward on it. As theirs: the detached gradient,
+    plain cos(θ + m) past π − m, the embeddings' gradient multiplied by the number of ranks (for
+    DistributedDataParallel, which averages; wrap the backbone alone). The local weight is a plain parameter,
+    alone in the state_dict: their optimizers, momentum buffers and per-rank files load as they are.
+
+    Other than theirs: the loss is not cut off at 69.08; labels keep shape and values; the number of rows may
+    differ between ranks and steps, and be 0 or 1; rows may be float16; a graph may be kept for a second
+    backward; without a process group it holds all classes.
+
+    Labels are 0 ≤ label < num_classes, or `ignore_index` (−100; assign another) for a row that is left out
+    of loss and mean. Anything else, −1 too, is a ValueError, or on a GPU a loss of NaN. Theirs takes such a
+    row for one without a target: it adds 69.08 to the loss and pushes at every class.
+
+    Args:
+        margin_loss: an object of theirs, ArcFace(s, margin), CosFace(s, m) or CombinedMarginLoss(s, m1, m2,
+            m3, interclass_filtering_threshold), or PowerFace(s, m) or SphereFace(s, m) of ExpFace's authors,
+            known by the name of its class and its attributes, which are looked at in each step; or a margin
+            of expface_kernels.margins. Kept as `margin_softmax`.
+        embedding_size: D ≥ 1.
+        num_classes: of all ranks.
+        sample_rate: 0 < rate ≤ 1. Below 1 each call, in eval() too, takes the classes that are targets and
+            random others, int(rate · num_local) in all, or the targets alone where they are more; at least
+            one. Drawn from torch's global random state, which `torch.manual_seed` sets, and the rank.
+        fp16: the products in float16 on a GPU, whatever autocast is on around it; False is without autocast.
+        scale: s > 0 of a margin of ours; None is 64. Theirs have their own.
+        process_group: None is torch's default group, or this process alone where there is none.
+
+    Raises what `margin_cross_entropy` and `MarginSoftmaxHead` raise; ValueError for an unknown margin_loss.
+    Collectives and bytes: those of a MarginSoftmaxHead, and one to compare arguments when it is built. With a
+    filter (interclass_filtering_threshold > 0) plain PyTorch walks the classes tile by tile, in float32 at
+    least, and keeps no logits; with sample_rate < 1 besides, the sampled centres are copied.
+    """
+
+    def __init__(
+        self,
+        margin_loss: Any,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+        *,
+        scale: float | None = None,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        if process_group is None and dist.is_available() and dist.is_initialized():
+            process_group = dist.group.WORLD
+        self._ranks = None if process_group is None else Ranks(process_group)
+        self.rank, self.world_size = (0, 1) if self._ranks is None else (self._ranks.rank, self._ranks.size)
+        told: dict[str, str] = {}
+        try:
+            check_integer("embedding_size", embedding_size, least=1)
+            check_integer("num_classes", num_classes, least=1)
+            self.embedding_size = embedding_size
+            self.num_classes = num_classes
+            self.sample_rate = sample_rate
+            self.fp16 = fp16
+            self.scale = scale
+            self.margin_softmax = margin_loss
+            self.ignore_index = -100
+            self.workspace_bytes = DEFAULT_WORKSPACE_BYTES
+            self.backend = "auto"
+            told = self._construction()
+        except (TypeError, ValueError) as error:
+            if self._ranks is not None:
+                with contextlib.suppress(
+                    ValueError
+                ):  # what all ranks are told; here the error itself is better
+                    check_agreement({}, str(error), self._ranks, "PartialFC_V2")
+            raise
+        if self._ranks is not None:
+            check_agreement(told, None, self._ranks, "PartialFC_V2")
+        warn_of_dropped(margin_loss)
+        self._shard = insightface_ranges(num_classes, self.world_size)[self.rank]
+        self.weight = nn.Parameter(torch.empty(self.num_local, embedding_size))
+        self.reset_parameters()
+
+    def _construction(self) -> dict[str, str]:
+        """What every rank must build alike, as text."""
+        known = self._recognised()
+        return {
+            "num_classes": str(self.num_classes),
+            "embedding_size": str(self.embedding_size),
+            "margin_loss": describe(known.margin),
+            "scale": str(float(known.scale)),
+            "interclass_filtering_threshold": str(known.filter_threshold),
+            "sample_rate": str(float(self.sample_rate)),
+            "fp16": str(self.fp16),
+        }
+
+    def _recognised(self) -> Recognised:
+        known = recognise(self.margin_softmax, self.scale)
+        check_scale(known.scale)
+        return known
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _ASSIGNED.get(name)
+        if check is not None:
+            check(value)
+        if name == "margin_softmax":
+            # Theirs is a module, ours is not: torch would not let one replace the other.
+            self.__dict__.pop(name, None)
+            self.__dict__.get("_modules", {}).pop(name, None)
+        super().__setattr__(name, value)
+
+    def reset_parameters(self) -> None:
+        """Draw the centres anew, normal(0, 0.01), from a seed that torch's global random state gives.
+
+        Ranks with the same seed draw different rows: those of one head over all classes.
+        """
+        initialize(self.weight, self._shard, _global_seed())
+
+    @property
+    def class_start(self) -> int:
+        """First class of this rank."""
+        return self._shard.start
+
+    @property
+    def num_local(self) -> int:
+        """Number of classes of this rank; 0 on late ranks where there are fewer classes than ranks."""
+        return self._shard.size
+
+    @property
+    def num_sample(self) -> int:
+        """Classes of this rank that a step takes, unless its targets alone are more."""
+        return int(self.sample_rate * self.num_local)
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        """The mean loss () over the rows of all ranks; see the class for shapes and errors."""
+        setting = self._setting()
+        with torch.autocast(self.weight.device.type, dtype=torch.float16, enabled=self.fp16):
+            loss = partial_loss(local_embeddings, self.weight, local_labels, setting)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def _setting(self) -> Setting:
+        known = self._recognised()
+        negatives: Callable[..., Negatives] = functional.negatives_of
+        if known.filter_threshold > 0:
+            negatives = partial(filtered_negatives_of, threshold=known.filter_threshold)
+        return Setting(
+            num_classes=self.num_classes,
+            shard=self._shard,
+            margin=known.margin,
+            scale=known.scale,
+            reduction="mean",
+            ignore_index=self.ignore_index,
+            target_gradient="detached",
+            workspace_bytes=self.workspace_bytes,
+            backend=self.backend,
+            ranks=self._ranks,
+            sample=Sampler(self.num_sample, self.rank) if self.sample_rate < 1 else None,
+            sample_rate=self.sample_rate,
+            negatives=negatives,
+        )
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; DistributedDataParallel, which must not replicate shards, gets a RuntimeError."""
+        if self._ranks is not None:
+            refuse_ddp(self, sys._getframe(1))
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def extra_repr(self) -> str:
+        margin = (
+            f", margin_softmax={self.margin_softmax!r}" if isinstance(self.margin_softmax, Margin) else ""
+        )
+        return (
+            f"embedding_size={self.embedding_size}, num_classes={self.num_classes}{margin}, "
+            f"sample_rate={self.sample_rate}, fp16={self.fp16}, "
+            f"classes {self._shard.start} to {self._shard.stop} of rank {self.rank}"
+        )
+
+
+# What an attribute may be assigned, checked when it is.
+_ASSIGNED: dict[str, Callable[[Any], None]] = {
+    "sample_rate": check_sample_rate,
+    "fp16": lambda value: check_flag("fp16", value),
+    "scale": lambda value: None if value is None else check_scale(value),
+    "margin_softmax": check_margin_loss,
+    "ignore_index": lambda value: check_integer("ignore_index", value),
+    "workspace_bytes": lambda value: check_integer("workspace_bytes", value, least=0),
+    "backend": backends.check_name,
+}
+
+
+def _global_seed() -> int:
+    return int(torch.randint(2**63 - 1, ()))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Their choice of a step's classes: targets and random others, `num_sample` in all, or targets alone."""
+
+    num_sample: int
+    rank: int
+
+    def __call__(self, targets: Tensor, num_local: int) -> Tensor:
+        """(S,) int64 sorted, from targets (N,) int64, below 0 where there is none; the host learns S."""
+        positives = torch.unique(targets[targets >= 0])
+        size = max(self.num_sample, 1)
+        if positives.shape[0] >= size:
+            return positives
+        generator = torch.Generator(targets.device)
+        generator.manual_seed(mixed_seed(_global_seed(), self.rank))
+        return draw(targets, num_local, size, generator)
+
+
+def filtered_negatives_of(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    *,
+    threshold: float,
+    counted: Tensor,
+    scale: float,
+    class_subset: Tensor | None,
+    **others: Any,
+) -> Negatives:
+    """`functional.negatives_of` where a class that is not the target and whose cosine is above `threshold`
+    has the logit 0 instead, without gradient. x (N, D), w (C, D), y (N,), counted (N,) bool.
+
+    Plain PyTorch in float32, or float64 where an input is; autocast and the other options have no part in
+    it. Extra memory: a few tiles, O(N·D), w's unit rows, and the sampled centres where there is a subset.
+    """
+    dtype = functional.loss_dtype(x, w)
+    with torch.autocast(x.device.type, enabled=False):
+        x = torch.where(counted[:, None], x, 0.0).to(dtype)  # padding may hold NaN
+        chosen = (w if class_subset is None else w[class_subset]).to(dtype)
+        xn, start, tiles = normalize(x), 0, []
+        for centres in chosen.split(max(1, FILTER_TILE_ELEMENTS // max(x.shape[0], 1))):
+            # Recomputed in the backward, or autograd would keep every tile's logits.
+            arguments = (xn, centres, y - start, threshold, scale)
+            tiles.append(checkpoint(_filtered_lse, *arguments, use_reentrant=False, preserve_rng_state=False))
+            start += centres.shape[0]
+        log_l = torch.logsumexp(torch.stack(tiles), 0)
+        theta = torch.where(y >= 0, pair_angle(x, chosen[y.clamp_min(0)]), 0.0)
+        nan = torch.where(y == INVALID_TARGET, torch.nan, 0.0)
+    none = log_l.new_empty(0)
+    return Negatives(log_l, theta + nan, counted, none, none.long())
+
+
+def _filtered_lse(xn: Tensor, centres: Tensor, y: Tensor, threshold: float, scale: float) -> Tensor:
+    """log Σ (N,) float64 over a tile's classes; y is counted from its first, and may lie outside."""
+    cos = xn @ normalize(centres).T
+    is_target = torch.arange(cos.shape[1], device=y.device) == y[:, None]
+    cos = cos.masked_fill(cos > threshold, 0.0).masked_fill(is_target, -torch.inf)
+    return torch.logsumexp(scale * cos, 1).double()

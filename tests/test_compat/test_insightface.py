@@ -1,0 +1,496 @@
+"""PartialFC_V2 in one process: whose margin it is, what it computes, what it takes and keeps."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from expface_kernels import CombinedMargin, ExpFace, MarginSoftmaxHead, functional, margin_cross_entropy
+from expface_kernels.compat import insightface
+from expface_kernels.compat.insightface import PartialFC_V2, Sampler
+from tests import cases
+from tests.test_compat import theirs
+from tests.tolerances import assert_close
+
+C, D, B = 23, 16, 12
+F64 = torch.float64
+
+
+def build(margin_loss: Any, w: Tensor, **options: Any) -> PartialFC_V2:
+    """A module with the centres w (C, D), of their dtype."""
+    module = PartialFC_V2(margin_loss, w.shape[1], w.shape[0], **options).to(w.dtype)
+    with torch.no_grad():
+        module.weight.copy_(w)
+    return module
+
+
+def step(module: PartialFC_V2, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, dx, dw)."""
+    x = x.detach().clone().requires_grad_()
+    module.zero_grad()
+    loss = module(x, y)
+    loss.backward()
+    return loss.detach(), x.grad, module.weight.grad
+
+
+def rows(kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, w, y): "random", "learnt", or "behind", where every target angle is near 3 radians, past π − m."""
+    if kind != "behind":
+        return cases.batch(kind, B, C, D)
+    x, w, y = cases.batch("random", B, C, D)
+    return -w[y] / torch.linalg.vector_norm(w[y], dim=1, keepdim=True) + 0.15 * x / D**0.5, w, y
+
+
+def compare(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype = F64) -> None:
+    for what, one, other in zip(("loss", "dx", "dw"), found, expected, strict=True):
+        assert_close(one, other, dtype=dtype, what=what)
+
+
+OBJECTS = (
+    theirs.ArcFace(64.0, 0.5),
+    theirs.ExpFaceAuthorsArcFace(32.0, 0.3),
+    theirs.CosFace(64.0, 0.4),
+    theirs.CombinedMarginLoss(64, 1.0, 0.5, 0.0),
+    theirs.CombinedMarginLoss(48, 1.0, 0.0, 0.4),
+    theirs.CombinedMarginLoss(64, 1.0, 0.5, 0.0, 0.2),
+    theirs.PowerFace(64.0, 0.6),
+    theirs.SphereFace(30.0, 1.5),
+    theirs.CosFace(128.0, 0.4),
+    theirs.CombinedMarginLoss(128, 1.0, 0.5, 0.0, 0.2),
+)
+
+
+@pytest.mark.parametrize("kind", ["random", "learnt", "behind"])
+@pytest.mark.parametrize("margin_loss", OBJECTS, ids=lambda o: f"{type(o).__name__}-{o.s:g}")
+def test_loss_and_both_gradients_are_theirs(margin_loss: nn.Module, kind: str) -> None:
+    x, w, y = rows(kind)
+    compare(step(build(margin_loss, w), x, y), theirs.eager(margin_loss, x, w, y))
+    found = step(build(margin_loss, w.float()), x.float(), y)
+    truth = theirs.eager(margin_loss, x.float().double(), w.float().double(), y)
+    single = theirs.eager(margin_loss, x.float(), w.float(), y)
+    for one, other, eager in zip(found, truth, single, strict=True):
+        assert_close(one, other, eager=eager, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "margin_loss", [theirs.ArcFace(64.0, 0.5), theirs.PowerFace(64.0, 0.7)], ids=["ArcFace", "PowerFace"]
+)
+def test_the_gradient_is_the_detached_one(margin_loss: nn.Module) -> None:
+    x, w = cases.gen(6, 16, 70)
+    dx = step(build(margin_loss, w), x, torch.tensor([0, 34, 35, 63, 64, 69]))[1]
+    assert float(torch.linalg.vector_norm(dx)) == pytest.approx(10.3739523205, abs=1e-9)
+
+
+def test_the_cosine_of_a_dropped_m2_is_theirs_and_they_are_told() -> None:
+    """At cos θ = 0.5 InsightFace's (1, 0.3, 0.2) is 0.3; the formula with all three is 0.0217."""
+    w = torch.eye(2, dtype=F64)
+    x = torch.tensor([[0.5, -math.sqrt(0.75)]], dtype=F64)
+    with pytest.warns(
+        UserWarning, match=r"m1=1 and m2=0.3 are dropped.*CombinedMargin\(1, 0.3, 0.2\)"
+    ) as told:
+        module = build(theirs.CombinedMarginLoss(1.0, 1, 0.3, 0.2), w)
+    assert told[0].filename == __file__
+    expected = math.log1p(math.exp(-math.sqrt(0.75) - 0.3))
+    assert float(step(module, x, torch.tensor([0]))[0]) == pytest.approx(expected, abs=1e-12)
+    full = build(CombinedMargin(1.0, 0.3, 0.2), w, scale=1.0)
+    expected = math.log1p(math.exp(-math.sqrt(0.75) - 0.0217402383))
+    assert float(step(full, x, torch.tensor([0]))[0]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_nothing_is_told_where_nothing_is_dropped() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for margins in ((1.0, 0.0, 0.4), (1.0, 0.5, 0.0), (1, 0, 0)):
+            PartialFC_V2(theirs.CombinedMarginLoss(64, *margins), D, C)
+
+
+class Curricular(theirs.CosFace):
+    """Somebody's own, with the attributes of another."""
+
+
+class OldArcFace(nn.Module):
+    """As InsightFace had it before it detached the gradient: neither s nor margin is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.cos_m = 64.0, 0.8
+
+
+OldArcFace.__name__ = "ArcFace"
+
+
+@pytest.mark.parametrize(
+    ("margin_loss", "error"),
+    [
+        (Curricular(), "got Curricular; pass ArcFace.s, margin.*ExpFace.0.7., and its scale=64"),
+        (lambda cosines, labels: cosines, "got function; pass ArcFace"),
+        (None, "got NoneType; pass"),
+        (theirs.CosFace, "got the class CosFace itself; pass"),
+        (OldArcFace(), "expected ArcFace with the attribute 'm', as InsightFace's has since 12/2022"),
+        (theirs.CombinedMarginLoss(64, 1.1, 0.5, 0.0), r"m1=1.1.*pass expface_kernels.CombinedMargin\(1.1,"),
+        (theirs.CombinedMarginLoss(64, 1, 0.5, -0.1), "m3 > 0, or m1 = 1 and m3 = 0"),
+        (theirs.CosFace(64.0, True), "expected a finite number as CosFace.m, got True"),
+        (theirs.CosFace(math.nan, 0.4), "expected a finite number as CosFace.s, got nan"),
+        (theirs.CosFace(0.0, 0.4), "scale: expected a finite number above 0, got 0"),
+        (theirs.ArcFace(64.0, 28.6), "in radians, not degrees"),
+    ],
+)
+def test_what_is_not_known_is_refused_with_what_to_pass(margin_loss: Any, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        PartialFC_V2(margin_loss, D, C)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"embedding_size": 0}, "embedding_size: expected at least 1, got 0"),
+        ({"num_classes": 2.5}, "num_classes: expected an int, got float 2.5"),
+        ({"sample_rate": 0.0}, "sample_rate: expected above 0 and at most 1, got 0.0"),
+        ({"sample_rate": 1.5}, "sample_rate: expected above 0"),
+        ({"fp16": 1}, "fp16: expected True or False, got int 1"),
+        ({"scale": 30.0}, "scale: expected None with a margin that brings its own s, got 30.0 with CosFace"),
+        ({"process_group": "nccl"}, "process_group: expected a torch.distributed.ProcessGroup"),
+    ],
+)
+def test_wrong_arguments_are_named(options: dict[str, Any], error: str) -> None:
+    arguments = {"embedding_size": D, "num_classes": C} | options
+    with pytest.raises((ValueError, TypeError), match=error):
+        PartialFC_V2(theirs.CosFace(), **arguments)
+
+
+def test_margins_of_ours_have_a_scale_of_their_own() -> None:
+    x, w, y = rows("random")
+    for scale in (None, 30.0):
+        head = MarginSoftmaxHead(D, C, ExpFace(0.6), scale=scale or 64.0, dtype=F64)
+        with torch.no_grad():
+            head.weight.copy_(w)
+        rows_of_head = x.detach().clone().requires_grad_()
+        loss = head(rows_of_head, y)
+        loss.backward()
+        found = step(build(ExpFace(0.6), w, scale=scale), x, y)
+        compare(found, (loss, rows_of_head.grad, head.weight.grad))
+
+
+def test_what_is_assigned_between_steps_counts() -> None:
+    x, w, y = rows("random")
+    margin_loss = theirs.ArcFace(64.0, 0.5)
+    module = build(margin_loss, w)
+    module(x, y)
+    margin_loss.margin, margin_loss.s = 0.2, 32.0
+    compare(step(module, x, y), theirs.eager(theirs.ArcFace(32.0, 0.2), x, w, y))
+    module.margin_softmax = theirs.CosFace(64.0, 0.3)
+    compare(step(module, x, y), theirs.eager(theirs.CosFace(64.0, 0.3), x, w, y))
+    module.margin_softmax = ExpFace(0.6)
+    compare(step(module, x, y), theirs.eager(theirs.PowerFace(64.0, 0.6), x, w, y))
+    with pytest.raises(ValueError, match="margin_loss: expected"):
+        module.margin_softmax = Curricular()
+    for name, value in (
+        ("sample_rate", 2),
+        ("ignore_index", 0.5),
+        ("backend", "cuda"),
+        ("workspace_bytes", -1),
+    ):
+        with pytest.raises((TypeError, ValueError), match=name):
+            setattr(module, name, value)
+
+
+def test_the_loss_is_not_cut_off() -> None:
+    """Theirs ends at −log 1e-30 = 69.08; a row on another class's centre, opposite to its own, has 128."""
+    w = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=F64)
+    x = torch.tensor([[-3.0, 0.001]], dtype=F64)
+    y = torch.tensor([0])
+    found = step(build(theirs.CosFace(64.0, 0.4), w), x, y)
+    assert float(found[0]) == pytest.approx(64 * 2.4, abs=1e-4)
+    compare(found, theirs.eager(theirs.CosFace(64.0, 0.4), x, w, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("count", [B, 1, 0])
+def test_labels_keep_their_shape_and_values(count: int, column: bool, dtype: torch.dtype) -> None:
+    x, w, y = rows("random")
+    labels = y[:count].to(dtype).reshape((-1, 1) if column else (-1,))
+    before = labels.clone()
+    for sample_rate in (1.0, 0.5):
+        build(theirs.CosFace(), w, sample_rate=sample_rate)(x[:count], labels)
+        assert labels.shape == before.shape
+        assert torch.equal(labels, before)
+
+
+@pytest.mark.parametrize("threshold", [0, 0.2])
+def test_a_label_that_is_none_is_told_and_ignore_index_leaves_out(threshold: float) -> None:
+    x, w, y = rows("random")
+    margin_loss = theirs.CombinedMarginLoss(64, 1, 0.5, 0, threshold)
+    module = build(margin_loss, w)
+    for bad in (-1, C):
+        with pytest.raises(
+            ValueError, match=f"labels: expected 0 <= label < {C} or ignore_index=-100, got {bad} in"
+        ):
+            module(x, torch.where(torch.arange(B) == 3, bad, y))
+    expected = theirs.eager(margin_loss, x[4:], w, y[4:])
+    padded = x.clone()
+    padded[:4] = torch.nan
+    for nothing in (-100, -1):
+        module.ignore_index = nothing
+        loss, dx, dw = step(module, padded, torch.where(torch.arange(B) < 4, nothing, y))
+        compare((loss, dx[4:], dw), expected)
+        assert not dx[:4].any()
+
+
+def test_an_unchecked_label_gives_nan_and_not_a_number_that_might_be_true() -> None:
+    x, w, y = rows("random")
+    for negatives, more in (
+        (functional.negatives_of, {}),
+        (insightface.filtered_negatives_of, {"threshold": 0.2}),
+    ):
+        n = negatives(
+            x,
+            w,
+            torch.where(torch.arange(B) == 3, -2, y),
+            counted=torch.ones(B, dtype=torch.bool),
+            scale=64.0,
+            class_subset=None,
+            workspace_bytes=0,
+            backend="cpu",
+            find_hardest=False,
+            **more,
+        )
+        assert n.theta.isnan().tolist() == (torch.arange(B) == 3).tolist()
+
+
+def test_the_weight_is_a_plain_parameter_alone_in_the_state() -> None:
+    module = PartialFC_V2(theirs.CosFace(), 64, 1000)
+    assert type(module.weight) is nn.Parameter
+    assert [name for name, _ in module.named_parameters()] == ["weight"]
+    assert list(module.state_dict()) == ["weight"]
+    assert (module.class_start, module.num_local, module.rank, module.world_size) == (0, 1000, 0, 1)
+    other = PartialFC_V2(theirs.CosFace(), 64, 1000, sample_rate=0.5)
+    other.load_state_dict(module.state_dict(), strict=True)
+    assert torch.equal(other.weight, module.weight)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict({"weight": torch.zeros(999, 64)})
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        other.load_state_dict({**module.state_dict(), "sampling_step": torch.tensor(0)})
+
+
+def test_centres_start_from_a_narrow_normal_that_manual_seed_sets() -> None:
+    made = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        made.append(PartialFC_V2(theirs.CosFace(), 64, 1000).weight)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+    assert abs(float(made[0].mean())) < 2e-4  # 5 standard deviations
+    assert float(made[0].std()) == pytest.approx(0.01, rel=0.02)
+
+
+def test_it_converts_and_copies_like_any_module() -> None:
+    x, w, y = rows("random")
+    module = build(theirs.CosFace(), w.float())
+    copied = copy.deepcopy(module).double()
+    assert copied.weight.dtype == F64
+    compare(step(copied, x, y), theirs.eager(theirs.CosFace(), x, w, y))
+    assert module.weight.dtype == torch.float32
+    assert "embedding_size=16, num_classes=23" in repr(module)
+
+
+def test_their_optimizer_and_momentum_load_as_they_are(tmp_path: Path) -> None:
+    x, w, y = rows("random")
+    backbone = nn.Linear(D, D, bias=False).double()
+
+    def training() -> tuple[nn.Module, PartialFC_V2, torch.optim.Optimizer]:
+        net, module = copy.deepcopy(backbone), build(theirs.CosFace(), w)
+        groups = [{"params": net.parameters()}, {"params": module.parameters()}]
+        return net, module, torch.optim.SGD(groups, lr=0.02, momentum=0.9, weight_decay=5e-4)
+
+    def train(net: nn.Module, module: PartialFC_V2, optimizer: torch.optim.Optimizer) -> Tensor:
+        loss = module(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return module.weight.detach().clone()
+
+    first = training()
+    train(*first)
+    saved = {"state_dict_softmax_fc": first[1].state_dict(), "state_optimizer": first[2].state_dict()}
+    torch.save({**saved, "state_dict_backbone": first[0].state_dict()}, tmp_path / "checkpoint_gpu_0.pt")
+    expected = train(*first)
+
+    loaded = torch.load(tmp_path / "checkpoint_gpu_0.pt", weights_only=True)
+    net, module, optimizer = training()
+    net.load_state_dict(loaded["state_dict_backbone"])
+    module.load_state_dict(loaded["state_dict_softmax_fc"])
+    optimizer.load_state_dict(loaded["state_optimizer"])
+    assert optimizer.state[module.weight]["momentum_buffer"].shape == (C, D)
+    assert torch.equal(train(net, module, optimizer), expected)
+
+
+@pytest.mark.parametrize("margin_loss", [theirs.CosFace(), theirs.CombinedMarginLoss(64, 1, 0.5, 0, 0.2)])
+def test_batches_of_any_size_follow_one_another(margin_loss: nn.Module) -> None:
+    x, w, y = rows("random")
+    module = build(margin_loss, w)
+    for count in (B, 3, 1):
+        compare(step(module, x[:count], y[:count]), theirs.eager(margin_loss, x[:count], w, y[:count]))
+    loss, dx, dw = step(module, x[:0], y[:0])
+    assert loss == 0
+    assert dx.shape == (0, D)
+    assert not dw.any()
+
+
+@pytest.mark.parametrize("threshold", [0, 0.2])
+def test_half_precision_rows_meet_float_centres(threshold: float) -> None:
+    x, w, y = rows("random")
+    margin_loss = theirs.CombinedMarginLoss(64, 1, 0.5, 0, threshold)
+    half = x.half()
+    loss, dx, dw = step(build(margin_loss, w.float()), half, y)
+    assert (dx.dtype, dw.dtype) == (torch.float16, torch.float32)
+    expected = theirs.eager(margin_loss, half.double(), w, y)
+    assert_close(loss, expected[0], dtype=torch.float32)
+    assert_close(dx, expected[1], dtype=torch.float16)
+    assert_close(dw, expected[2], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("margin_loss", [theirs.CosFace(), theirs.CombinedMarginLoss(64, 1, 0.5, 0, 0.2)])
+def test_a_kept_graph_serves_twice(margin_loss: nn.Module) -> None:
+    x, w, y = rows("random")
+    module = build(margin_loss, w)
+    x = x.clone().requires_grad_()
+    loss = module(x, y)
+    loss.backward(retain_graph=True)
+    dx, dw = x.grad.clone(), module.weight.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * dx)
+    assert torch.equal(module.weight.grad, 2 * dw)
+
+
+@pytest.mark.parametrize(("fp16", "around"), [(True, None), (False, torch.bfloat16), (True, torch.bfloat16)])
+def test_fp16_says_what_products_are_in(
+    fp16: bool, around: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    autocast_dtype = functional.autocast_dtype
+    monkeypatch.setattr(functional, "autocast_dtype", lambda x: seen.append(autocast_dtype(x)))
+    x, w, y = rows("random")
+    with torch.autocast("cpu", dtype=around or torch.bfloat16, enabled=around is not None):
+        build(theirs.CosFace(), w.float(), fp16=fp16)(x.float(), y)
+    assert seen == [torch.float16 if fp16 else None]
+
+
+def took_part(dw: Tensor) -> Tensor:
+    """The classes with a gradient."""
+    return dw.any(dim=1).nonzero()[:, 0]
+
+
+@pytest.mark.parametrize(("rate", "taken"), [(0.5, 11), (0.3, 6), (0.05, 5), (0.01, 5)])
+def test_a_sample_has_their_size_or_the_targets_alone(rate: float, taken: int) -> None:
+    x, w, _ = rows("random")
+    y = torch.tensor([3, 5, 7, 7, 22, 0, 0, 3, 5, 7, 22, 0])
+    module = build(theirs.CosFace(), w, sample_rate=rate)
+    assert module.num_sample == int(rate * C)
+    for training in (True, False):
+        found = step(module.train(training), x, y)
+        classes = took_part(found[2])
+        assert len(classes) == taken
+        assert set(y.tolist()) <= set(classes.tolist())
+        compare(
+            (found[0], found[1], found[2][classes]),
+            theirs.eager(theirs.CosFace(), x, w[classes], torch.searchsorted(classes, y)),
+        )
+
+
+def test_samples_follow_the_global_seed_and_differ_by_step_and_rank() -> None:
+    targets = torch.tensor([4, -1, 900])
+    drawn = {}
+    for seed, rank in ((0, 0), (0, 1), (1, 0)):
+        torch.manual_seed(seed)
+        drawn[seed, rank] = [tuple(Sampler(50, rank)(targets, 1000).tolist()) for _ in range(2)]
+        torch.manual_seed(seed)
+        assert tuple(Sampler(50, rank)(targets, 1000).tolist()) == drawn[seed, rank][0]
+    every = [one for draws in drawn.values() for one in draws]
+    assert len(set(every)) == 6
+    for one in every:
+        assert len(one) == 50
+        assert list(one) == sorted(set(one))
+        assert {4, 900} <= set(one)
+
+
+def test_a_rank_without_targets_and_with_a_tiny_share_takes_one_class() -> None:
+    """int(0.01 · 5) = 0, where theirs cannot take a maximum."""
+    found = Sampler(0, 0)(torch.tensor([-1, -1]), 5)
+    assert found.shape == (1,)
+    assert 0 <= int(found) < 5
+
+
+@pytest.mark.parametrize("tile", [1, 5, 1000])
+@pytest.mark.parametrize("threshold", [0.1, 0.99])
+def test_filtered_cosines_count_as_zero(tile: int, threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that lie on another class's centre: without a filter that class is all of the softmax."""
+    monkeypatch.setattr(insightface, "FILTER_TILE_ELEMENTS", tile * B)
+    x, w, y = cases.batch("wrong_class", B, C, D)
+    margin_loss = theirs.CombinedMarginLoss(64, 1, 0.5, 0, threshold)
+    module = build(margin_loss, w)
+    found = step(module, x, y)
+    compare(found, theirs.eager(margin_loss, x, w, y))
+    unfiltered = theirs.eager(theirs.ArcFace(64.0, 0.5), x, w, y)
+    assert float(found[0]) < float(unfiltered[0]) - 10
+
+
+def test_a_filter_that_meets_nothing_changes_nothing() -> None:
+    x, w, y = rows("random")
+    plain = step(build(theirs.ArcFace(64.0, 0.5), w), x, y)
+    compare(step(build(theirs.CombinedMarginLoss(64, 1, 0.5, 0, 1.5), w), x, y), plain)
+    compare(step(build(theirs.CombinedMarginLoss(64, 1, 0.5, 0, -1), w), x, y), plain)
+
+
+def test_a_filtered_sample_is_theirs() -> None:
+    x, w, y = rows("random")
+    margin_loss = theirs.CombinedMarginLoss(64, 1, 0.5, 0, 0.2)
+    module = build(margin_loss, w, sample_rate=0.7)
+    torch.manual_seed(3)
+    classes = Sampler(module.num_sample, 0)(y, C)
+    assert len(classes) == 16
+    torch.manual_seed(3)
+    loss, dx, dw = step(module, x, y)
+    expected = theirs.eager(margin_loss, x, w[classes], torch.searchsorted(classes, y))
+    compare((loss, dx, dw[classes]), expected)
+    assert set(took_part(dw).tolist()) <= set(classes.tolist())
+
+
+@pytest.mark.parametrize("threshold", [0, 0.2])
+def test_a_single_class_has_no_loss(threshold: float) -> None:
+    x, w, _ = cases.batch("random", 3, 1, D)
+    module = build(theirs.CombinedMarginLoss(64, 1, 0.5, 0, threshold), w)
+    loss, dx, dw = step(module, x, torch.zeros(3, dtype=torch.int64))
+    assert (float(loss), int(dx.count_nonzero()), int(dw.count_nonzero())) == (0, 0, 0)
+
+
+def test_the_filter_does_not_keep_logits() -> None:
+    """Or a million classes would not fit: what autograd saves has no (B, C) among it."""
+    x, w, y = rows("random")
+    module = build(theirs.CombinedMarginLoss(64, 1, 0.5, 0, 0.2), w)
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x.clone().requires_grad_(), y)
+    assert sizes
+    assert B * C not in sizes
+
+
+def test_second_half_of_the_package_agrees() -> None:
+    """The same through the function, whose gradient is exact unless asked: the shim's is the other."""
+    x, w, y = rows("random")
+    leaf, centres = cases.leaves(x, w, F64)
+    loss = margin_cross_entropy(leaf, centres, y, ExpFace(0.6), target_gradient="detached")
+    loss.backward()
+    compare(step(build(theirs.PowerFace(64.0, 0.6), w), x, y), (loss, leaf.grad, centres.grad))
