@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if first:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         dist.barrier()  # torchrun stops all as soon as one has failed: not before the line is out
-    dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
     return status
 
 
