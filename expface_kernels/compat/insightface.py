@@ -95,7 +95,6 @@ class PartialFC_V2(nn.Module):
             process_group = dist.group.WORLD
         self._ranks = None if process_group is None else Ranks(process_group)
         self.rank, self.world_size = (0, 1) if self._ranks is None else (self._ranks.rank, self._ranks.size)
-        told: dict[str, str] = {}
         try:
             check_integer("embedding_size", embedding_size, least=1)
             check_integer("num_classes", num_classes, least=1)
@@ -111,9 +110,8 @@ class PartialFC_V2(nn.Module):
             told = self._construction()
         except (TypeError, ValueError) as error:
             if self._ranks is not None:
-                with contextlib.suppress(
-                    ValueError
-                ):  # what all ranks are told; here the error itself is better
+                # What all ranks are told; here the error itself is better.
+                with contextlib.suppress(ValueError):
                     check_agreement({}, str(error), self._ranks, "PartialFC_V2")
             raise
         if self._ranks is not None:

@@ -34,7 +34,8 @@ def recognise(margin_loss: Any, scale: float | None = None) -> Recognised:
 
     scale: of a margin of ours, which has none; None is 64. Theirs bring `s`.
 
-    ValueError for another class, for a missing attribute or one that is no number, and where theirs raises.
+    ValueError for another class, a subclass too (what it computes may differ), for a missing attribute or one
+    that is no number, and where theirs raises.
     """
     if isinstance(margin_loss, Margin):
         return Recognised(margin_loss, DEFAULT_SCALE if scale is None else scale, 0.0)
@@ -81,7 +82,7 @@ def warn_of_dropped(margin_loss: Any) -> None:
 
 def _arcface(loss: Any) -> Margin:
     """InsightFace's has `margin`, that of ExpFace's authors `m`; radians both."""
-    return ArcFace(_number(loss, "margin" if hasattr(loss, "margin") else "m"))
+    return ArcFace(_number(loss, "m" if hasattr(loss, "m") else "margin"))
 
 
 def _combined(loss: Any) -> Margin:
@@ -101,8 +102,8 @@ def _number(loss: Any, name: str) -> float:
     owner = type(loss).__name__
     if not hasattr(loss, name):
         raise ValueError(
-            f"margin_loss: expected {owner} with the attribute {name!r}, as InsightFace's has since 12/2022, "
-            f"got one without it; {USE_INSTEAD}"
+            f"margin_loss: expected {owner} with the attribute {name!r}, as it has had since 12/2022, got "
+            f"one without it; {USE_INSTEAD}"
         )
     value = getattr(loss, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -133,7 +133,7 @@ OldArcFace.__name__ = "ArcFace"
         (lambda cosines, labels: cosines, "got function; pass ArcFace"),
         (None, "got NoneType; pass"),
         (theirs.CosFace, "got the class CosFace itself; pass"),
-        (OldArcFace(), "expected ArcFace with the attribute 'm', as InsightFace's has since 12/2022"),
+        (OldArcFace(), "expected ArcFace with the attribute 'margin', as it has had since 12/2022, got"),
         (theirs.CombinedMarginLoss(64, 1.1, 0.5, 0.0), r"m1=1.1.*pass expface_kernels.CombinedMargin\(1.1,"),
         (theirs.CombinedMarginLoss(64, 1, 0.5, -0.1), "m3 > 0, or m1 = 1 and m3 = 0"),
         (theirs.CosFace(64.0, True), "expected a finite number as CosFace.m, got True"),
