@@ -232,7 +232,7 @@ _ASSIGNED: dict[str, Callable[[Any], None]] = {
 
 
 def _global_seed() -> int:
-    return int(torch.randint(2**63 - 1, ()))
+    return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
 @dataclass(frozen=True)
