@@ -14,6 +14,7 @@ from torch import nn
 
 from examples import train_ddp
 from examples.glyphs.model import EMBEDDING_SIZE, make_net
+from examples.glyphs.training import Recipe, learning_rate
 from expface_kernels import ExpFace, MarginSoftmaxHead
 from expface_kernels.checkpoint import load_sharded
 from tests.distributed import run_ranks
@@ -83,7 +84,9 @@ def test_what_is_resumed_is_what_would_have_been(tmp_path: Path) -> None:
     read = []
     for out in (straight, stopped):
         model = nn.ModuleDict({"backbone": make_net(9), "head": head})
-        load_sharded(out / "epoch-2", model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=9.0, momentum=0.9)
+        load_sharded(out / "epoch-2", model, optimizer)
+        assert optimizer.param_groups[0]["lr"] == learning_rate(11, 12, Recipe(epochs=2))
         read.append({name: value.clone() for name, value in model.state_dict().items()})
     assert differ(*read) == []
     assert int(read[0]["head.sampling_step"]) == 12
