@@ -272,7 +272,7 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(tmp_path: P
     store.save(RUN, {"result": {"rank1": 0.5}})
     store.open()  # the same again
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-    other = Store(tmp_path, replace(plan.quick(), recipe=Recipe(epochs=3, batch=24)))
+    other = Store(tmp_path, replace(plan.quick(), recipe=Recipe(epochs=3, batch=12)))
     with pytest.raises(
         StudyError, match=r"configuration\.recipe\.epochs: expected 3, got 2.*Nothing was changed"
     ):

@@ -62,7 +62,7 @@ def test_another_configuration_is_refused(folder: Path, capsys: pytest.CaptureFi
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert "configuration.characters: expected 1600, got 24" in error
+    assert "configuration.characters: expected 1600, got 12" in error
     assert contents(folder) == before
 
 

@@ -97,12 +97,12 @@ def full() -> Configuration:
 def quick() -> Configuration:
     """The same path in seconds: nothing is learnt."""
     return Configuration(
-        characters=24,
-        outsiders=12,
+        characters=12,
+        outsiders=8,
         fonts=3,
-        recipe=Recipe(epochs=2, batch=24),
-        choice_characters=16,
-        choice_recipe=Recipe(epochs=1, batch=24),
+        recipe=Recipe(epochs=2, batch=12),
+        choice_characters=8,
+        choice_recipe=Recipe(epochs=1, batch=12),
         tries={margin: tries[:1] + tries[-1:] for margin, tries in TRIES.items()},
         evaluated_characters=16,
         evaluated_fonts=3,
