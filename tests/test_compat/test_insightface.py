@@ -487,8 +487,8 @@ def test_the_filter_does_not_keep_logits() -> None:
     assert B * C not in sizes
 
 
-def test_second_half_of_the_package_agrees() -> None:
-    """The same through the function, whose gradient is exact unless asked: the shim's is the other."""
+def test_it_is_the_function_with_the_detached_gradient() -> None:
+    """margin_cross_entropy is exact unless asked."""
     x, w, y = rows("random")
     leaf, centres = cases.leaves(x, w, F64)
     loss = margin_cross_entropy(leaf, centres, y, ExpFace(0.6), target_gradient="detached")
