@@ -14,44 +14,11 @@ from torch import Tensor, nn
 
 from expface_kernels import CombinedMargin, ExpFace, MarginSoftmaxHead, functional, margin_cross_entropy
 from expface_kernels.compat import insightface
-from expface_kernels.compat.insightface import PartialFC_V2, Sampler
+from expface_kernels.compat.insightface import PartialFC_V2
 from tests import cases
 from tests.test_compat import theirs
+from tests.test_compat.one_process import F64, B, C, D, build, compare, rows, step
 from tests.tolerances import assert_close
-
-C, D, B = 23, 16, 12
-F64 = torch.float64
-
-
-def build(margin_loss: Any, w: Tensor, **options: Any) -> PartialFC_V2:
-    """A module with the centres w (C, D), of their dtype."""
-    module = PartialFC_V2(margin_loss, w.shape[1], w.shape[0], **options).to(w.dtype)
-    with torch.no_grad():
-        module.weight.copy_(w)
-    return module
-
-
-def step(module: PartialFC_V2, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dx, dw)."""
-    x = x.detach().clone().requires_grad_()
-    module.zero_grad()
-    loss = module(x, y)
-    loss.backward()
-    return loss.detach(), x.grad, module.weight.grad
-
-
-def rows(kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, w, y): "random", "learnt", or "behind", where every target angle is near 3 radians, past π − m."""
-    if kind != "behind":
-        return cases.batch(kind, B, C, D)
-    x, w, y = cases.batch("random", B, C, D)
-    return -w[y] / torch.linalg.vector_norm(w[y], dim=1, keepdim=True) + 0.15 * x / D**0.5, w, y
-
-
-def compare(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype = F64) -> None:
-    for what, one, other in zip(("loss", "dx", "dw"), found, expected, strict=True):
-        assert_close(one, other, dtype=dtype, what=what)
-
 
 OBJECTS = (
     theirs.ArcFace(64.0, 0.5),
@@ -95,7 +62,8 @@ def test_the_cosine_of_a_dropped_m2_is_theirs_and_they_are_told() -> None:
     with pytest.warns(
         UserWarning, match=r"m1=1 and m2=0.3 are dropped.*CombinedMargin\(1, 0.3, 0.2\)"
     ) as told:
-        module = build(theirs.CombinedMarginLoss(1.0, 1, 0.3, 0.2), w)
+        module = PartialFC_V2(theirs.CombinedMarginLoss(1.0, 1, 0.3, 0.2), 2, 2).double()
+    module.load_state_dict({"weight": w})
     assert told[0].filename == __file__
     expected = math.log1p(math.exp(-math.sqrt(0.75) - 0.3))
     assert float(step(module, x, torch.tensor([0]))[0]) == pytest.approx(expected, abs=1e-12)
@@ -383,108 +351,12 @@ def test_fp16_says_what_products_are_in(
     assert seen == [torch.float16 if fp16 else None]
 
 
-def took_part(dw: Tensor) -> Tensor:
-    """The classes with a gradient."""
-    return dw.any(dim=1).nonzero()[:, 0]
-
-
-@pytest.mark.parametrize(("rate", "taken"), [(0.5, 11), (0.3, 6), (0.05, 5), (0.01, 5)])
-def test_a_sample_has_their_size_or_the_targets_alone(rate: float, taken: int) -> None:
-    x, w, _ = rows("random")
-    y = torch.tensor([3, 5, 7, 7, 22, 0, 0, 3, 5, 7, 22, 0])
-    module = build(theirs.CosFace(), w, sample_rate=rate)
-    assert module.num_sample == int(rate * C)
-    for training in (True, False):
-        found = step(module.train(training), x, y)
-        classes = took_part(found[2])
-        assert len(classes) == taken
-        assert set(y.tolist()) <= set(classes.tolist())
-        compare(
-            (found[0], found[1], found[2][classes]),
-            theirs.eager(theirs.CosFace(), x, w[classes], torch.searchsorted(classes, y)),
-        )
-
-
-def test_samples_follow_the_global_seed_and_differ_by_step_and_rank() -> None:
-    targets = torch.tensor([4, -1, 900])
-    drawn = {}
-    for seed, rank in ((0, 0), (0, 1), (1, 0)):
-        torch.manual_seed(seed)
-        drawn[seed, rank] = [tuple(Sampler(50, rank)(targets, 1000).tolist()) for _ in range(2)]
-        torch.manual_seed(seed)
-        assert tuple(Sampler(50, rank)(targets, 1000).tolist()) == drawn[seed, rank][0]
-    every = [one for draws in drawn.values() for one in draws]
-    assert len(set(every)) == 6
-    for one in every:
-        assert len(one) == 50
-        assert list(one) == sorted(set(one))
-        assert {4, 900} <= set(one)
-
-
-def test_a_rank_without_targets_and_with_a_tiny_share_takes_one_class() -> None:
-    """int(0.01 · 5) = 0, where theirs cannot take a maximum."""
-    found = Sampler(0, 0)(torch.tensor([-1, -1]), 5)
-    assert found.shape == (1,)
-    assert 0 <= int(found) < 5
-
-
-@pytest.mark.parametrize("tile", [1, 5, 1000])
-@pytest.mark.parametrize("threshold", [0.1, 0.99])
-def test_filtered_cosines_count_as_zero(tile: int, threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that lie on another class's centre: without a filter that class is all of the softmax."""
-    monkeypatch.setattr(insightface, "FILTER_TILE_ELEMENTS", tile * B)
-    x, w, y = cases.batch("wrong_class", B, C, D)
-    margin_loss = theirs.CombinedMarginLoss(64, 1, 0.5, 0, threshold)
-    module = build(margin_loss, w)
-    found = step(module, x, y)
-    compare(found, theirs.eager(margin_loss, x, w, y))
-    unfiltered = theirs.eager(theirs.ArcFace(64.0, 0.5), x, w, y)
-    assert float(found[0]) < float(unfiltered[0]) - 10
-
-
-def test_a_filter_that_meets_nothing_changes_nothing() -> None:
-    x, w, y = rows("random")
-    plain = step(build(theirs.ArcFace(64.0, 0.5), w), x, y)
-    compare(step(build(theirs.CombinedMarginLoss(64, 1, 0.5, 0, 1.5), w), x, y), plain)
-    compare(step(build(theirs.CombinedMarginLoss(64, 1, 0.5, 0, -1), w), x, y), plain)
-
-
-def test_a_filtered_sample_is_theirs() -> None:
-    x, w, y = rows("random")
-    margin_loss = theirs.CombinedMarginLoss(64, 1, 0.5, 0, 0.2)
-    module = build(margin_loss, w, sample_rate=0.7)
-    torch.manual_seed(3)
-    classes = Sampler(module.num_sample, 0)(y, C)
-    assert len(classes) == 16
-    torch.manual_seed(3)
-    loss, dx, dw = step(module, x, y)
-    expected = theirs.eager(margin_loss, x, w[classes], torch.searchsorted(classes, y))
-    compare((loss, dx, dw[classes]), expected)
-    assert set(took_part(dw).tolist()) <= set(classes.tolist())
-
-
 @pytest.mark.parametrize("threshold", [0, 0.2])
 def test_a_single_class_has_no_loss(threshold: float) -> None:
     x, w, _ = cases.batch("random", 3, 1, D)
     module = build(theirs.CombinedMarginLoss(64, 1, 0.5, 0, threshold), w)
     loss, dx, dw = step(module, x, torch.zeros(3, dtype=torch.int64))
     assert (float(loss), int(dx.count_nonzero()), int(dw.count_nonzero())) == (0, 0, 0)
-
-
-def test_the_filter_does_not_keep_logits() -> None:
-    """Or a million classes would not fit: what autograd saves has no (B, C) among it."""
-    x, w, y = rows("random")
-    module = build(theirs.CombinedMarginLoss(64, 1, 0.5, 0, 0.2), w)
-    sizes: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        module(x.clone().requires_grad_(), y)
-    assert sizes
-    assert B * C not in sizes
 
 
 def test_it_is_the_function_with_the_detached_gradient() -> None:
