@@ -86,3 +86,184 @@ def test_twenty_steps_arrive_where_one_process_does(
             assert all(torch.equal(a, b) for a, b in zip(modules, result[classes, dtype][0], strict=True))
     if world == 4:
         assert on_ranks[3][5, torch.float64][1].shape == (0, D)
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, 1e-3),
+    "AdamW": lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 1e-3),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 1e-3),
+}
+FEW = 5  # classes: the last of 4 ranks has none
+
+
+class Model:
+    """Backbone and head for a few steps, of one process or of a rank; by `images` of rows of ROWS[4]."""
+
+    def __init__(self, group: Any) -> None:
+        self.own = slice(None) if group is None else own_slice(ROWS[group.size()], group.rank())
+        self.backbone = new_backbone(torch.float64)
+        self.head = MarginSoftmaxHead(D, FEW, ExpFace(), process_group=group, dtype=torch.float64)
+        self.parameters = [*self.backbone.parameters(), *self.head.parameters()]
+        self.replicated: nn.Module = self.backbone
+        if group is not None:
+            self.replicated = DistributedDataParallel(self.backbone, process_group=group)
+
+    def loss(self, step: int) -> Tensor:
+        x, y = images(step, FEW, torch.float64)
+        loss = self.head(self.replicated(x[self.own]), y[self.own])
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def backward(self, step: int) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.loss(step).backward()
+
+    def gradients(self) -> list[Tensor]:
+        return [local(p.grad).clone() for p in self.parameters]
+
+    def values(self) -> list[Tensor]:
+        return [local(p).clone() for p in self.parameters]
+
+
+def optimized(group: Any) -> dict[str, list[Tensor]]:
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        model = Model(group)
+        optimizer = make(model.parameters)
+        for step in range(3):
+            model.backward(step)
+            optimizer.step()
+        found[name] = model.values()
+    return found
+
+
+def assert_as_alone(on_ranks: list[list[Tensor]], alone: list[Tensor], what: str) -> None:
+    """The backbone's on every rank, and the centres', put together."""
+    for result in on_ranks:
+        for i, (a, b) in enumerate(zip(result[:-1], alone[:-1], strict=True)):
+            assert relative_error(a, b) <= SHARDED[a.dtype], f"{what}: backbone {i}"
+    centres = torch.cat([result[-1] for result in on_ranks])
+    assert relative_error(centres, alone[-1]) <= SHARDED[centres.dtype], f"{what}: centres"
+
+
+def test_every_optimizer_takes_backbone_and_head_together() -> None:
+    on_ranks, alone = run_ranks(4, optimized), optimized(None)
+    for name, right in alone.items():
+        assert_as_alone([found[name] for found in on_ranks], right, name)
+
+
+NORMS = (2.0, 1.0, 3.0, float("inf"))
+LIMITS = (1e-2, 1e6)  # one that clips and one that does not
+
+
+def clipped(group: Any) -> dict[Any, Any]:
+    """Norms and gradients after clipping by each of NORMS and LIMITS."""
+    found: dict[Any, Any] = {}
+    clip: Any = torch.nn.utils.clip_grad_norm_ if group is None else clip_grad_norm_
+    for kind in NORMS:
+        for limit in LIMITS:
+            model = Model(group)
+            model.backward(0)
+            norm = clip(model.parameters, limit, kind)
+            found[kind, limit] = (norm, model.gradients())
+    if group is None:
+        return found
+    # The same with the head's rows as plain parameters, which say nothing of their ranks.
+    model.backward(0)
+    rows = nn.Parameter(local(model.head.weight))
+    rows.grad = local(model.head.weight.grad) if group.rank() != 3 else None  # that rank holds no class
+    backbone = list(model.backbone.parameters())
+    found["plain"] = clip_grad_norm_(backbone, 1e6, sharded=[rows], process_group=group)
+    found["head alone"] = clip_grad_norm_(model.head.weight, 1e6)
+    found["backbone alone"] = clip_grad_norm_(backbone, 1e6)
+    if group.rank() == 0:
+        local(model.head.weight.grad)[0, 0] = torch.inf
+    try:
+        clip_grad_norm_(model.parameters, 1.0, error_if_nonfinite=True)
+    except RuntimeError as error:
+        found["error"] = str(error)
+    return found
+
+
+def test_clipping_finds_one_norm_on_all_ranks_and_scales_as_one_process_does() -> None:
+    on_ranks, alone = run_ranks(4, clipped), clipped(None)
+    for key, (norm, gradients) in alone.items():
+        for found in on_ranks:
+            assert torch.equal(found[key][0], on_ranks[0][key][0])
+            assert relative_error(found[key][0], norm) <= SHARDED[torch.float64], key
+        assert_as_alone([found[key][1] for found in on_ranks], gradients, f"clipped by {key}")
+    norm = alone[2.0, 1e6][0]
+    for found in on_ranks:
+        assert relative_error(found["plain"], norm) <= SHARDED[torch.float64]
+        both = found["head alone"] ** 2 + found["backbone alone"] ** 2
+        assert relative_error(both, norm**2) <= SHARDED[torch.float64]
+        assert found["error"] == "clip_grad_norm_: the norm of order 2.0 over all ranks is inf"
+
+
+def scaled(group: Any) -> list[tuple[float, list[Tensor]]]:
+    """Scale and parameters after each of three steps; in the second the first centre's gradient overflows."""
+    model = Model(group)
+    scaler: Any = torch.amp.GradScaler("cpu") if group is None else GradScaler("cpu", process_group=group)
+    optimizer = torch.optim.SGD(model.parameters, lr=0.01)
+    found = []
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(model.loss(step)).backward()
+        if step == 1 and model.head.class_start == 0:
+            local(model.head.weight.grad)[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        found.append((scaler.get_scale(), model.values()))
+    return found
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
+    on_ranks, alone = run_ranks(4, scaled), scaled(None)
+    assert [scale for scale, _ in alone] == [65536.0, 32768.0, 32768.0]
+    for step, (scale, values) in enumerate(alone):
+        assert {found[step][0] for found in on_ranks} == {scale}
+        assert_as_alone([found[step][1] for found in on_ranks], values, f"step {step}")
+    for found in on_ranks:
+        moved = [
+            any(not torch.equal(a, b) for a, b in zip(found[i][1], found[i + 1][1], strict=True))
+            for i in (0, 1)
+        ]
+        assert moved == [False, True]
+
+
+@pytest.mark.parametrize("norm_type", NORMS)
+def test_one_process_clips_as_torch_does(norm_type: float) -> None:
+    for limit in LIMITS:
+        ours, theirs = Model(None), Model(None)
+        for model in (ours, theirs):
+            model.backward(0)
+            model.parameters[0].grad = None
+        norm = clip_grad_norm_(iter(ours.parameters), limit, norm_type)
+        right = torch.nn.utils.clip_grad_norm_(theirs.parameters, limit, norm_type)
+        assert norm.dtype == right.dtype
+        assert relative_error(norm, right) <= SHARDED[torch.float64]
+        for a, b in zip(ours.parameters[1:], theirs.parameters[1:], strict=True):
+            assert relative_error(a.grad, b.grad) <= SHARDED[torch.float64]
+    assert clip_grad_norm_([], 1.0) == 0
+    assert clip_grad_norm_(nn.Parameter(torch.ones(2)), 1.0, norm_type) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_norm": -1.0}, "max_norm: expected at least 0, got -1.0"),
+        ({"max_norm": float("nan")}, "max_norm: expected at least 0, got nan"),
+        ({"max_norm": 1.0, "norm_type": 0}, "norm_type: expected a number above 0 or inf, got 0.0"),
+        (
+            {"max_norm": 1.0, "sharded": [torch.ones(1)]},
+            "process_group: expected the group whose ranks hold `sharded`, got None",
+        ),
+    ],
+)
+def test_arguments_of_clipping_are_checked(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match="expected") as raised:
+        clip_grad_norm_([], **options)
+    assert str(raised.value) == text
