@@ -124,6 +124,27 @@ def test_a_flat_stretch_neither_falls_nor_rises() -> None:
     assert [tuple(interval) for interval in found.weak] == [(0.0, near(PI / 3)), (near(2 * PI / 3), PI)]
 
 
+def test_a_margin_that_computes_in_float32_has_no_jumps_for_it() -> None:
+    found = describe(lambda theta: torch.cos(theta.float()) - 0.25)
+    assert found.monotonic
+    assert found.jumps == found.weak == found.turns == found.vanishes == ()
+    assert found.cosine_peak == (pytest.approx(0.25, abs=1e-6), 0.0, PI)
+
+
+def test_a_floor_under_the_slope_is_nowhere_weak() -> None:
+    """psi falls like ExpFace's down to r = 1, from there like the cosine: r is exactly 1 on a stretch."""
+    start = describe(ExpFace()).weak[0].start
+
+    def floored(theta: Tensor) -> Tensor:
+        at = torch.tensor(start, dtype=torch.float64)
+        beyond = torch.cos(theta) - torch.cos(at) + ExpFace()(at[None])[0]
+        return torch.where(theta < start, ExpFace()(theta), beyond)
+
+    found = describe(floored)
+    assert found.monotonic
+    assert found.weak == found.turns == found.jumps == ()
+
+
 def test_jumps_of_ones_own_are_found_to_the_last_bit() -> None:
     def steps(theta: Tensor) -> Tensor:
         return torch.cos(theta) - 0.25 * (theta > 1.0) + 0.125 * (theta > 2.0)

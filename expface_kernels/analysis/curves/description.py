@@ -19,12 +19,14 @@ from expface_kernels.checks import check_margin
 from expface_kernels.margins import MarginFunction
 
 POINTS = 3601
-JUMP = 1e-9  # psi, between neighbouring floats
+# Coarse enough for a margin that computes in float32.
+JUMP = 1e-6  # of psi, between neighbouring floats
+NO_EXCESS = 1e-6  # of r·sin θ over sin θ
+UNIFORM = 1e-6  # penalties that differ by less are the same: ExpFace's floor alone makes 1e-7
 NO_SLOPE = 1e-12
 VANISHES = 1e-9  # a slope that comes this near 0 without changing sign
-NOTICEABLE = 1e-9  # a difference in r, or between neighbouring penalties
+NOTICEABLE = 1e-9  # a difference between neighbouring penalties
 GROWS = 1e-8  # a derivative of a penalty
-UNIFORM = 1e-6  # penalties that differ by less are the same: ExpFace's floor alone makes 1e-7
 
 Curve = Callable[[MarginFunction, Tensor], Tensor]
 
@@ -133,44 +135,40 @@ def _jumps(margin: MarginFunction, grid: Tensor) -> list[tuple[float, float, flo
     return list(zip(*(values[there].tolist() for values in (low, high, size)), strict=True))
 
 
+def _signs(value: search.Function, grid: Tensor, nothing: float) -> list[tuple[int, float, float]]:
+    """(sign, from, to) of the stretches of `value` over (0, π); up to `nothing` it counts as 0."""
+    inner = grid[1:-1]
+    values = value(inner)
+    zero = values.abs() <= nothing
+    zero[1:-1] &= zero[:-2] | zero[2:]  # what only touches 0 is no stretch of it
+    known = zero | (values.abs() > nothing)
+    states = torch.where(zero, 0, torch.sign(values))
+    return search.stretches(inner[known], states[known], lambda theta: torch.sign(value(theta)), 0.0, math.pi)
+
+
 def _monotonicity(
     margin: MarginFunction, grid: Tensor, jumps: list[tuple[float, float, float]]
 ) -> tuple[tuple[Interval, ...], tuple[Interval, ...], tuple[float, ...]]:
     """(falls, rises, turns): from the sign of the slope, and the jumps that go against it."""
-
-    def sign(theta: Tensor) -> Tensor:
-        return torch.sign(functions.slope(margin, theta))
-
-    inner = grid[1:-1]
-    slopes = functions.slope(margin, inner)
-    if not bool(torch.isfinite(slopes).all()):
-        at = inner[~torch.isfinite(slopes)][0]
+    infinite = ~torch.isfinite(functions.slope(margin, grid[1:-1]))
+    if infinite.any():
+        at = float(grid[1:-1][infinite][0])
         raise ValueError(f"margin: expected a finite slope of psi on (0, π), got none at theta = {at:.6g}")
-    flat = slopes.abs() <= NO_SLOPE
-    # A slope that only touches 0 is no flat stretch.
-    flat[1:-1] &= flat[:-2] | flat[2:]
-    known = flat | (slopes.abs() > NO_SLOPE)
-    states = torch.where(flat, 0, torch.sign(slopes))
-    found = search.stretches(inner[known], states[known], sign, 0.0, math.pi)
+    found = _signs(lambda theta: functions.slope(margin, theta), grid, NO_SLOPE)
     pieces: dict[int, list[Interval]] = {-1: [], 0: [], 1: []}
-    for kind, start, end in found:
-        against = [low for low, _, size in jumps if size * kind < 0 and start < low < end]
+    for sign, start, end in found:
+        against = [low for low, _, size in jumps if size * sign < 0 and start < low < end]
         bounds = zip([start, *against], [*against, end], strict=True)
-        pieces[kind].extend(Interval(*bound) for bound in bounds)
-    turns = tuple(end for (kind, _, end), (after, _, _) in itertools.pairwise(found) if kind * after < 0)
+        pieces[sign].extend(Interval(*bound) for bound in bounds)
+    turns = tuple(end for (sign, _, end), (after, _, _) in itertools.pairwise(found) if sign * after < 0)
     return tuple(pieces[-1]), tuple(pieces[1]), turns
 
 
 def _weak(margin: MarginFunction, grid: Tensor) -> tuple[Interval, ...]:
     """Where r < 1."""
-
-    def below(theta: Tensor) -> Tensor:
-        return functions.pull(margin, theta) < 1
-
-    inner = grid[1:-1]
-    states = functions.pull(margin, inner) < 1 - NOTICEABLE
-    found = search.stretches(inner, states, below, 0.0, math.pi)
-    return tuple(Interval(start, end) for state, start, end in found if state)
+    # (r − 1)·sin θ: unlike r itself it is as exact near 0 and π as elsewhere.
+    found = _signs(lambda theta: _cosine_growth(margin, theta), grid, NO_EXCESS)
+    return tuple(Interval(start, end) for sign, start, end in found if sign < 0)
 
 
 def _vanishes(margin: MarginFunction, grid: Tensor, turns: tuple[float, ...]) -> tuple[float, ...]:
@@ -191,7 +189,7 @@ def _vanishes(margin: MarginFunction, grid: Tensor, turns: tuple[float, ...]) ->
 
 
 def _cosine_growth(margin: MarginFunction, theta: Tensor) -> Tensor:
-    """Derivative of the cosine penalty."""
+    """Derivative of the cosine penalty, sin θ·(r − 1)."""
     return -torch.sin(theta) - functions.slope(margin, theta)
 
 

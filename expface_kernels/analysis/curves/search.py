@@ -58,7 +58,9 @@ def stretches(
     states (N,) whole numbers on grid (N,), rising; `state_at` tells them at any angle between.
     """
     last = torch.nonzero(states[1:] != states[:-1])[:, 0]
-    low, high = bisect(state_at, grid[last], grid[last + 1])
-    edges = ((low + high) / 2).tolist()
+    edges = []
+    if len(last):  # a function need not take an empty tensor
+        low, high = bisect(state_at, grid[last], grid[last + 1])
+        edges = ((low + high) / 2).tolist()
     kinds = [*states[last].int().tolist(), int(states[-1])]
     return list(zip(kinds, [start, *edges], [*edges, end], strict=True))
