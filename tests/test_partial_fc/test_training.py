@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from expface_kernels import MarginSoftmaxHead
+from expface_kernels import ExpFace, GradScaler, MarginSoftmaxHead, clip_grad_norm_
 from tests.distributed import run_ranks
 from tests.test_partial_fc.steps import own_slice
 from tests.tolerances import SHARDED, relative_error
