@@ -13,17 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expface_kernels import ArcFace, CombinedMargin, CosFace, ExpFace, NormFace, SphereFace, reference
+from expface_kernels import (
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    ExpFace,
+    NormFace,
+    SphereFace,
+    margin_cross_entropy,
+    reference,
+)
 from expface_kernels.backends import triton
 from expface_kernels.margins import MarginFunction, target_similarity
 
 # Triton's interpreter takes CPU tensors, slowly; `make test-triton` sets TRITON_INTERPRET=1, and then the
-# tests of every backend run over its backend alone.
+# tests of every backend run over its backend alone. Where there is a GPU they run over it as well.
 INTERPRETED = triton.interpreted()
+GPU = torch.cuda.is_available() and not INTERPRETED
 # The backends that the tests of every backend run over; a new one joins by its name.
-BACKENDS = ("triton",) if INTERPRETED else ("reference", "cpu")
+BACKENDS = ("triton",) if INTERPRETED else ("reference", "cpu", *(["triton"] if GPU else []))
+# Those of them that compute in float64, and those with kernels that take a working size in good time.
+IN_FLOAT64 = tuple(name for name in BACKENDS if name != "triton")
+AT_WORKING_SIZE = tuple(name for name in BACKENDS if name != "reference" and not INTERPRETED)
 
-# Where the triton backend's own tests put their tensors.
+# Where the triton backend's tests put their tensors.
 TRITON_DEVICE = "cpu" if INTERPRETED else "cuda"
 
 # Every margin, with its default and a second parameter, ArcFace in each boundary.
@@ -145,6 +158,31 @@ def leaves(x: Tensor, w: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Te
         x.detach().to(dtype, copy=True).requires_grad_(),
         w.detach().to(dtype, copy=True).requires_grad_(),
     )
+
+
+def device_of(backend: str) -> str:
+    """Where that backend's tensors have to be."""
+    return TRITON_DEVICE if backend == "triton" else "cpu"
+
+
+def loss_on(
+    backend: str,
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    margin: MarginFunction | None = None,
+    *,
+    class_subset: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """margin_cross_entropy on the backend's own device; tensors, the loss and gradients are on the CPU."""
+    device = device_of(backend)
+    subset = None if class_subset is None else class_subset.to(device)
+    loss = margin_cross_entropy(
+        x.to(device), w.to(device), y.to(device), margin, backend=backend, class_subset=subset, **options
+    )
+    assert isinstance(loss, Tensor)
+    return loss.cpu()
 
 
 def truth(

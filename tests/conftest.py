@@ -10,7 +10,7 @@ import torch
 
 from expface_kernels.backends import cpu, workspace
 from expface_kernels.backends.triton import plan
-from tests.cases import BACKENDS, INTERPRETED
+from tests.cases import BACKENDS, GPU, INTERPRETED
 from tests.interpreter import patch_once_a_launch
 
 if INTERPRETED:
@@ -37,7 +37,7 @@ def _lent_memory_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _fresh_memory_of_kernels_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for what the triton backend allocates: integers hold a number that is no index."""
-    if not INTERPRETED:
+    if not (INTERPRETED or GPU):
         return
     from expface_kernels.backends.triton.launch import Call
 

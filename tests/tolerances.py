@@ -121,6 +121,8 @@ CENTRAL_DIFFERENCE = 1e-6, 1e-8  # of a float64 curve over 1e-6: relative, absol
 SIX_DIGITS = 1e-5  # relative: what is kept with six digits
 BOOTSTRAP_COVERAGE = 0.02  # of 95% over 1,500 samples, whose own deviation is 0.006
 CHI_SQUARE_3 = 16.3  # 3 degrees of freedom: exceeded once in 1,000
+PLAIN_TF32 = 5e-2  # relative: gradients whose products keep 11 bits, at s = 64; what is asked for, not a goal
+LIBRARY_TEMPORARIES = 2**20  # bytes that torch's own GPU operations (a sort, a sum) hold while they run
 
 
 def one_rounding(dtype: torch.dtype) -> float:

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expface_kernels import backends
+from expface_kernels import backends, functional, margin_cross_entropy, ops
 from expface_kernels.backends.base import Request
-from expface_kernels.backends.triton import TritonBackend
+from expface_kernels.backends.triton import TritonBackend, calls
+from expface_kernels.backends.triton.backward import BackwardCall
+from expface_kernels.backends.triton.forward import ForwardCall
 from expface_kernels.backends.triton.plan import PAD, Plan
-from tests.cases import INTERPRETED, TRITON_DEVICE, batch
+from expface_kernels.backends.triton.recording import Case
+from tests.cases import INTERPRETED, MARGINS, TRITON_DEVICE, batch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -41,14 +44,84 @@ class NoWaiting(TorchDispatchMode):
         assert name not in WAITING, f"{name} waits for the device"
         if name in ("aten::index", "aten::index_put", "aten::index_put_"):
             assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{name} with a boolean index"
+        if name in ("aten::_to_copy", "aten::copy_"):
+            devices = {
+                t.device.type for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor)
+            }
+            devices.add(torch.device((kwargs or {}).get("device") or args[0].device).type)
+            assert len(devices) == 1, f"{name} between {sorted(devices)}"
         return func(*args, **(kwargs or {}))
 
 
 def test_the_mode_catches_what_waits() -> None:
-    t = torch.arange(4)
-    for wait in (t[0].item, lambda: t[t > 1], lambda: torch.unique(t), lambda: bool(t.any())):
-        with pytest.raises(AssertionError, match=r"waits|boolean"), NoWaiting():
+    t, far = torch.arange(4), torch.empty(4, device="meta")
+    waiting = (
+        t[0].item, lambda: t[t > 1], lambda: torch.unique(t), lambda: bool(t.any()),
+        lambda: t.to("meta"), lambda: far.copy_(t),
+    )  # fmt: skip
+    for wait in waiting:
+        with pytest.raises(AssertionError, match=r"waits|boolean|between"), NoWaiting():
             wait()
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "E kept": {"workspace_bytes": 2**30},
+    "some of E kept": {"workspace_bytes": 2**20},
+    "s = 128": {"scale": 128.0},
+    "the hardest": {"find_hardest": True},
+    "class list": {"subset": True},
+    "float32 master as bfloat16": {"w_dtype": F32, "product_dtype": BF16},
+    "float16": {"x_dtype": F16, "w_dtype": F16},
+    "float32 master as float16": {"x_dtype": F32, "w_dtype": F32, "product_dtype": F16},
+    "float32": {"x_dtype": F32, "w_dtype": F32},
+}
+
+
+# A meta tensor has no values at all: who asks for one, or moves one from or to the CPU, is refused.
+@pytest.mark.parametrize("name", CASES)
+def test_no_launch_code_asks_for_a_value(name: str) -> None:
+    case = Case(300, 2000, 40, **CASES[name])
+    with NoWaiting(), calls.watched(lambda *launch: None):
+        case.run("sm_90")
+        x, w = (torch.empty(9, 40, dtype=case.x_dtype, device="meta") for _ in range(2))
+        y = torch.empty(9, dtype=torch.int64, device="meta")
+        request = Request(1.0, False, 0, False, case.product_dtype)
+        ForwardCall(x, w, y, None, request, "sm_90").topk(5)
+        for need_dx, need_dw in ((True, False), (False, True)):  # what is frozen takes paths of its own
+            request = Request(case.scale, True, case.workspace_bytes, False, case.product_dtype)
+            out = ForwardCall(x, w, y, None, request, "sm_90").forward()
+            g = torch.empty_like(out.log_l)
+            backward = BackwardCall(x, w, y, None, request, "sm_90").backward
+            backward(out.log_l, out.workspace, g, g, need_dx, need_dw)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "return_stats", "subset"),
+    [("mean", True, True), ("sum", False, False), ("none", True, False)],
+)
+def test_nothing_around_the_op_asks_for_a_value(
+    reduction: str, return_stats: bool, subset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "autocast_dtype", lambda x: None)  # which knows no meta tensors
+    x, w = (torch.empty(9, 40, device="meta", requires_grad=True) for _ in range(2))
+    y = torch.empty(9, 1, dtype=torch.int32, device="meta")
+    classes = torch.empty(7, dtype=torch.int64, device="meta") if subset else None
+    options = {"reduction": reduction, "return_stats": return_stats, "class_subset": classes}
+    for margin in MARGINS:
+        with NoWaiting():
+            out = margin_cross_entropy(x, w, y, margin, backend="triton", **options)
+            (out[0] if isinstance(out, tuple) else out).sum().backward()
+    assert x.grad is not None
+    assert w.grad is not None
+
+
+@pytest.mark.parametrize("subset", [False, True])
+def test_the_check_of_labels_asks_for_no_value(subset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EXPFACE_CHECK_LABELS", raising=False)
+    labels = torch.empty(9, dtype=torch.int64, device="meta")
+    with NoWaiting():  # the op's own code: a call with meta tensors would not reach it
+        ops.local_labels._init_fn(labels, labels[:7] if subset else None, 9, -100)
 
 
 @pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU, or the interpreter")

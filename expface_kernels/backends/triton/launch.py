@@ -49,7 +49,8 @@ class Call:
         self.arch = arch = arch or tuning.architecture(x.device)
         precision = tuning.float32_precision(arch, torch.backends.cuda.matmul.allow_tf32)
         self.blocks = tuning.blocks(arch, self.features, self.plan.product, w.dtype, precision)
-        widest = max(self.blocks.forward.bk, self.blocks.probability.bk, self.blocks.weight.bn)
+        b = self.blocks
+        widest = max(b.forward.bk, b.forward_more.bk, b.probability.bk, b.weight.bn)
         self.features_pad = -(-self.features // widest) * widest
         self.maxima = request.scale > LARGEST_PLAIN_SCALE
         self.z_scale = request.scale * LOG2_E

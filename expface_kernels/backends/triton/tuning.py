@@ -1,12 +1,19 @@
 """Block sizes of the class-tile kernels, by architecture, features and dtypes: a table, not a search.
 
-Every entry is one that `audit` has compiled without a spill inside its main loop. Blocks are powers of two:
-bm × bn is what a program writes, bk what it takes of the product's inner dimension at a time.
+What `autotune` measured on a GPU stands in `tuned.json` and comes first; the rules here serve the rest, and
+every tile of theirs is one that `audit` has compiled without a spill inside its main loop. Blocks are powers
+of two: bm × bn is what a program writes, bk what it takes of the product's inner dimension at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +27,9 @@ class Tile:
     bk: int
     warps: int = 8
     stages: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.bm}x{self.bn}x{self.bk}, {self.warps} warps, {self.stages} stages"
 
 
 ROWS = Tile(0, 0, 0, 4, 1)
@@ -42,6 +52,23 @@ class Blocks:
     """(classes, features, rows)."""
     precision: str
     """How float32 operands multiply: "tf32x3", "ieee" or "tf32"; 16-bit ones ignore it."""
+
+
+ROLES = ("forward", "forward_more", "probability", "weight")
+"""The tiles of a chain by name: what is tuned."""
+TUNED = Path(__file__).with_name("tuned.json")
+"""{architecture: {"measured_on": text, "tiles": {`key`: {role: {"bm": …, …, "stages": …}}}}}."""
+_tried: list[Blocks] = []
+
+
+@contextlib.contextmanager
+def trying(tiles: Blocks) -> Iterator[None]:
+    """Inside, every call gets these tiles, whatever it multiplies: for measuring them."""
+    _tried.append(tiles)
+    try:
+        yield
+    finally:
+        _tried.pop()
 
 
 def architecture(device: torch.device) -> str:
@@ -68,6 +95,35 @@ def float32_precision(arch: str, allow_tf32: bool) -> str:
 
 def blocks(arch: str, features: int, product: torch.dtype, stored: torch.dtype, precision: str) -> Blocks:
     """The tiles for (B, features) rows multiplied as `product` with centres stored as `stored`."""
+    if _tried:
+        return _tried[-1]
+    ruled = ruled_blocks(arch, features, product, stored, precision)
+    measured = table().get(arch, {"tiles": {}})["tiles"]
+    found = measured.get(key(features, product, stored, ruled.precision), {})
+    return with_tiles(ruled, {role: Tile(**sizes) for role, sizes in found.items()})
+
+
+@functools.cache
+def table(path: Path = TUNED) -> dict[str, Any]:
+    """What has been measured, as `autotune` wrote it."""
+    return json.loads(path.read_text())
+
+
+def with_tiles(tiles: Blocks, others: dict[str, Tile]) -> Blocks:
+    """The same chain with some roles' tiles replaced."""
+    fields = {role: getattr(tiles, role) for role in ROLES} | others
+    return Blocks(**fields, precision=tiles.precision)
+
+
+def key(features: int, product: torch.dtype, stored: torch.dtype, precision: str) -> str:
+    """What an entry of the table stands under, as in "512 bfloat16 float32 ieee"."""
+    return f"{features} {product} {stored} {precision}".replace("torch.", "")
+
+
+def ruled_blocks(
+    arch: str, features: int, product: torch.dtype, stored: torch.dtype, precision: str
+) -> Blocks:
+    """The tiles of the rules below, where nothing has been measured."""
     amd, ampere = arch.startswith("gfx"), arch in ("sm_80", "sm_86", "sm_87", "sm_89")
     stages = 2 if amd else 3
     if product == torch.float32:

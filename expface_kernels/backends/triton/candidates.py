@@ -1,0 +1,96 @@
+"""Which tiles are worth measuring: sizes only, no GPU.
+
+A tile holds its accumulator (bm, bn) in registers, float32, and `stages` copies of both operands' blocks in
+shared memory. What the launch code assumes of blocks is stated here once, and tested.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from expface_kernels.backends.triton.plan import PAD
+from expface_kernels.backends.triton.tuning import Blocks, Tile, ruled_blocks
+
+BLOCKS = (64, 128, 256)
+DEPTHS = (32, 64)
+WARPS = (4, 8)
+STAGES = (2, 3, 4)
+# Accumulators a thread: fewer leave the tensor cores idle, more leave no registers for anything else.
+LEAST_ACCUMULATORS, MOST_ACCUMULATORS = 32, 128
+UNKNOWN_SHARED = 101_376
+"""Bytes a block that every architecture with the kernels' instructions has (sm_86, sm_89, sm_120)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a set of tiles is for: an entry of the table."""
+
+    arch: str
+    features: int
+    product: torch.dtype
+    stored: torch.dtype
+    precision: str
+
+    def ruled(self) -> Blocks:
+        return ruled_blocks(self.arch, self.features, self.product, self.stored, self.precision)
+
+
+def shared_bytes(role: str, tile: Tile, setting: Setting) -> int:
+    """Shared memory of a tile's pipeline: `stages` copies of both blocks in the dtypes they are loaded in.
+
+    A stored float32 that is cast in the tile is there once more, as the product takes it.
+    """
+    first, second = setting.product.itemsize, setting.product.itemsize
+    cast = 0
+    if role in ("forward", "forward_more"):
+        second = setting.stored.itemsize
+        cast = tile.bn * tile.bk * setting.product.itemsize
+    elif role == "probability":
+        first = setting.stored.itemsize
+        cast = tile.bm * tile.bk * setting.product.itemsize
+    staged = tile.stages * tile.bk * (tile.bm * first + tile.bn * second)
+    return staged + (cast if setting.stored != setting.product else 0)
+
+
+def _divides(size: int) -> bool:
+    return PAD % size == 0
+
+
+# What the launch code pads for: rows and chunks of classes to PAD, features to the widest block.
+FITS: dict[str, Callable[[Tile], bool]] = {
+    "forward": lambda tile: _divides(tile.bm),
+    "forward_more": lambda tile: _divides(tile.bm),
+    "probability": lambda tile: _divides(tile.bm) and _divides(tile.bn),
+    "weight": lambda tile: _divides(tile.bm) and _divides(tile.bk),
+}
+
+
+def why_not(role: str, tile: Tile, setting: Setting, shared_limit: int) -> str | None:
+    """Why a tile cannot serve; None where it may."""
+    if not FITS[role](tile):
+        return f"its blocks do not divide what is padded to {PAD}"
+    # The products' columns: a block wider than the features' padding is mostly zeros.
+    across = tile.bn if role == "weight" else tile.bk
+    if across >= 2 * max(setting.features, 16):
+        return f"a block of {across} for {setting.features} features"
+    accumulators = tile.bm * tile.bn // (32 * tile.warps)
+    if not LEAST_ACCUMULATORS <= accumulators <= MOST_ACCUMULATORS:
+        return f"{accumulators} accumulators a thread"
+    needed = shared_bytes(role, tile, setting)
+    if needed > shared_limit:
+        return f"{needed} bytes of shared memory, at most {shared_limit}"
+    return None
+
+
+def candidates(role: str, setting: Setting, shared_limit: int) -> Iterator[Tile]:
+    """The tiles of a role that fit, the one of the rules first."""
+    ruled: Tile = getattr(setting.ruled(), role)
+    yield ruled
+    for bm, bn, bk, warps, stages in itertools.product(BLOCKS, BLOCKS, DEPTHS, WARPS, STAGES):
+        tile = Tile(bm, bn, bk, warps, stages)
+        if tile != ruled and why_not(role, tile, setting, shared_limit) is None:
+            yield tile
