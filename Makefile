@@ -5,10 +5,11 @@ PY     := $(VENV)/bin/python
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton test-gpu test-triton36 audit lint typecheck format bench bench-toy study study-quick clean
+.PHONY: help demo test test-triton test-gpu test-triton36 audit lint typecheck format clean \
+	bench bench-quick bench-sweep bench-gpu readme-tables study study-quick
 
 help:  ## list the targets
-	@grep -hE '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14
 
 # The stamp is newer than what it was built from, so a second call installs nothing again.
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*)
@@ -18,6 +19,13 @@ $(VENV)/.installed: $(SOURCES)
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# An interpreter given as PY is used as it is, where there may be no network: nothing is installed or built.
+ifeq ($(PY),$(VENV)/bin/python)
+READY := $(VENV)/.installed
+else
+export PYTHONPATH := .
+endif
+
 .venv: $(VENV)/.installed  ## the environment: pinned versions and the package, editable
 
 demo: $(VENV)/.installed  ## train on glyphs, verify unseen ones, time the head (under 5 minutes)
@@ -26,13 +34,21 @@ demo: $(VENV)/.installed  ## train on glyphs, verify unseen ones, time the head 
 test: $(VENV)/.installed  ## all tests, one worker a core (each takes one thread)
 	$(PY) -m pytest -n 2
 
-# The backend tests run over the triton backend alone where TRITON_INTERPRET is set.
-TRITON_TESTS := tests/test_backends/test_backends.py $(wildcard tests/test_backends/test_triton*.py)
+# The tests of every backend run over the triton backend too where there is a GPU, over it alone where
+# TRITON_INTERPRET is set; -k leaves out those that do not concern it.
+EVERY_BACKEND := tests/test_backends/test_backends.py tests/test_backends/test_accuracy.py
+TRITON_TESTS := -k triton $(EVERY_BACKEND) $(wildcard tests/test_backends/test_triton*.py)
 test-triton: $(VENV)/.installed  ## the triton backend in its interpreter, on the CPU (under 150 s on 2 cores)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --disable-warnings $(TRITON_TESTS)
 
-test-gpu: $(VENV)/.installed  ## the triton backend's own tests on this machine's GPU
-	$(PY) -m pytest tests/test_backends/test_triton*.py
+# With PY=python3 it needs torch, triton and pytest alone. Compiling kernels is most of the time, so each file is
+# a process of its own; 5 is pytest's status where nothing is left of a file, as without a GPU.
+GPU_FILES := test_backends test_accuracy test_triton test_triton_host test_triton_gpu
+test-gpu: $(READY)  ## the triton backend on this machine's GPU
+	@$(MAKE) --no-print-directory --keep-going --jobs=5 --output-sync=target $(GPU_FILES:%=gpu-%)
+
+gpu-%:
+	$(PY) -m pytest -rs -k triton tests/test_backends/$*.py || test $$? = 5
 
 # numpy 2.4 takes no one-element array for an int, which 3.6's interpreter hands to range().
 VENV36 := .venv-triton36
@@ -59,8 +75,20 @@ typecheck: $(VENV)/.installed  ## mypy
 bench: $(VENV)/.installed  ## the head against its peers at B=256, C=100,000, D=512
 	$(PY) -m bench
 
-bench-toy: $(VENV)/.installed  ## the same command at toy size, as CI runs it
-	$(PY) -m bench --toy
+bench-quick: $(VENV)/.installed  ## the sweep at toy size, as CI runs it: do peers and ours agree?
+	@mkdir -p $(OUT)
+	$(PY) -m bench sweep --toy --json $(OUT)/bench-quick.json --plots $(OUT)/bench-quick
+
+RESULTS := bench/results
+bench-sweep: $(VENV)/.installed  ## seconds and memory against C, B, D and workspace, with pictures (10 minutes)
+	$(PY) -m bench sweep --json $(RESULTS)/cpu-sweep.json --plots $(RESULTS)/cpu-sweep
+
+# `make bench-gpu PY=python3` takes the Python that is there: no network, no rich, no matplotlib are needed.
+bench-gpu: $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)  ## on this machine's GPU (10 minutes)
+	$(PY) -m bench gpu
+
+readme-tables: $(VENV)/.installed  ## README's tables and measured numbers, from bench/results
+	$(PY) -m bench readme
 
 study: $(VENV)/.installed  ## label noise under every margin (hours; goes on where it was stopped): docs/analysis.md
 	$(PY) -m examples.glyphs.noise_study run

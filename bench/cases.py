@@ -25,8 +25,11 @@ MARGINS: dict[str, type] = {
     "normface": NormFace,
 }
 DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 }
+DEVICES = ("cpu", "cuda")
+AUTOCASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Rows of every stage of training: at 90° nothing is learnt, at 50° with s = 64 nearly all of a row is.
 TARGET_DEGREES = (50.0, 90.0)
@@ -46,12 +49,29 @@ class Inputs:
     def drop_gradients(self) -> None:
         self.x.grad = self.w.grad = None
 
+    def of(self, case: Case) -> Inputs:
+        """The same tensors, for a case of the same shape in other terms."""
+        return dataclasses.replace(self, case=case)
+
+    def subset(self) -> Tensor | None:
+        """(S,) int64, sorted: the labels' classes and others, from the seed; None where all take part."""
+        case = self.case
+        if case.sample_rate == 1:
+            return None
+        generator = torch.Generator(case.device).manual_seed(case.seed)
+        priority = torch.rand(case.classes, generator=generator, device=case.device)
+        priority[self.labels] = 2
+        return priority.topk(case.taking_part).indices.sort().values
+
 
 @dataclass(frozen=True)
 class Case:
     """One forward and backward with both gradients; ValueError where a field is out of range.
 
     margin: a name of MARGINS, at its default strength. scale: s > 0. target_gradient: "exact" or "detached".
+    autocast: the dtype of torch.autocast around the forward, a name of AUTOCASTS, or None for none.
+    backward: False for the forward alone, without autograd, as in an evaluation.
+    sample_rate: the share of the classes that take part, as in partial FC; 1 for all.
     """
 
     rows: int
@@ -62,6 +82,10 @@ class Case:
     scale: float = 64.0
     target_gradient: str = "exact"
     seed: int = 0
+    device: str = "cpu"
+    autocast: str | None = None
+    backward: bool = True
+    sample_rate: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("rows", "classes", "features"):
@@ -71,11 +95,20 @@ class Case:
             ("dtype", DTYPES),
             ("margin", MARGINS),
             ("target_gradient", TARGET_GRADIENTS),
+            ("device", DEVICES),
+            ("autocast", (None, *AUTOCASTS)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {list(allowed)}, got {getattr(self, name)!r}")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale: expected a finite number above 0, got {self.scale}")
+        if not 0 < self.sample_rate <= 1:
+            raise ValueError(f"sample_rate: expected above 0 and at most 1, got {self.sample_rate}")
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What the products multiply: autocast's dtype, else the inputs' own."""
+        return DTYPES[self.dtype] if self.autocast is None else AUTOCASTS[self.autocast]
 
     @property
     def itemsize(self) -> int:
@@ -83,14 +116,25 @@ class Case:
         return DTYPES[self.dtype].itemsize
 
     @property
-    def gradient_bytes(self) -> int:
-        """Bytes of the two gradients, which every head has to hand out; the inputs have as many."""
+    def taking_part(self) -> int:
+        """S, the classes that take part: the sampled share, or as many as there are rows if that is more."""
+        least = min(self.rows, self.classes)
+        return max(int(self.sample_rate * self.classes), least)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of embeddings and centres."""
         return (self.rows + self.classes) * self.features * self.itemsize
 
     @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the two gradients, which every head has to hand out: as many as the inputs', or none."""
+        return self.input_bytes if self.backward else 0
+
+    @property
     def flops(self) -> int:
-        """6·B·C·D: three products of 2·B·C·D, the least that a forward and both gradients need."""
-        return 6 * self.rows * self.classes * self.features
+        """6·B·S·D: three products of 2·B·S·D, the least that a forward and both gradients need; else one."""
+        return (6 if self.backward else 2) * self.rows * self.taking_part * self.features
 
     def margin_function(self) -> MarginFunction:
         margin: MarginFunction = MARGINS[self.margin]()
@@ -101,25 +145,29 @@ class Case:
         return dataclasses.replace(self, rows=min(self.rows, rows), classes=min(self.classes, classes))
 
     def inputs(self) -> Inputs:
-        """Tensors drawn from `seed`: centres normal(0, 0.01), target angles spread over TARGET_DEGREES."""
-        generator = torch.Generator().manual_seed(self.seed)
-        w = torch.empty(self.classes, self.features).normal_(0, 0.01, generator=generator)
-        labels = torch.randint(self.classes, (self.rows,), generator=generator)
+        """Tensors drawn from `seed`: centres normal(0, 0.01), target angles spread over TARGET_DEGREES.
+
+        The same on every run on a device. Under autocast they hold values that its dtype can hold, so that
+        float64 truth is taken at what the products see.
+        """
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        w = torch.empty(self.classes, self.features, device=self.device).normal_(0, 0.01, generator=generator)
+        labels = torch.randint(self.classes, (self.rows,), generator=generator, device=self.device)
         low, high = (math.radians(degrees) for degrees in TARGET_DEGREES)
-        theta = low + (high - low) * torch.rand(self.rows, 1, generator=generator)
+        theta = low + (high - low) * torch.rand(self.rows, 1, generator=generator, device=self.device)
         target = F.normalize(w[labels])
-        other = torch.empty(self.rows, self.features).normal_(generator=generator)
+        other = torch.empty(self.rows, self.features, device=self.device).normal_(generator=generator)
         other = F.normalize(other - (other * target).sum(1, keepdim=True) * target)
         x = ROW_LENGTH * (theta.cos() * target + theta.sin() * other)
-        dtype = DTYPES[self.dtype]
-        return Inputs(self, x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), labels)
+        x, w = (t.to(self.product_dtype).to(DTYPES[self.dtype]).requires_grad_() for t in (x, w))
+        return Inputs(self, x, w, labels)
 
 
 DEFAULT = Case(rows=256, classes=100_000, features=512)
 TOY = Case(rows=32, classes=600, features=32)
-# The shape of the memory sweep; its classes are MEMORY_CLASSES.
+# The shape of the single run's memory sweep; its classes are MEMORY_CLASSES.
 MEMORY = Case(rows=128, classes=1_000_000, features=128)
 MEMORY_CLASSES = (100_000, 1_000_000, 4_000_000)
-# Above this only the memory of ours is measured: heads that hold the logits take minutes and 14 GB for one
-# more point of a straight line.
+# Above this only the memory of ours is measured: heads that hold the logits take minutes of a CPU and 14 GB
+# for one more point of a straight line.
 LARGEST_WITH_LOGITS = 1_000_000

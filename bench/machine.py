@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 import expface_kernels
+from bench import cuda
 from expface_kernels import backends
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -34,8 +36,10 @@ def proc_bytes(path: str, field: str) -> int | None:
     return None if value is None else int(value.split()[0]) * 1024
 
 
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where it cannot be told (off Linux)."""
+def available_bytes(device: str = "cpu") -> int | None:
+    """Memory that can be had on the device, without swapping; None where it cannot be told (off Linux)."""
+    if device == "cuda":
+        return cuda.available_bytes() if cuda.unavailable() is None else None
     return proc_bytes("/proc/meminfo", "MemAvailable")
 
 
@@ -62,9 +66,21 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def describe() -> dict[str, Any]:
-    """Everything above, versions, and processes that ran in the last minute; memory in bytes.
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of installed packages; None for one that is not."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
+
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """Everything above, versions, processes that ran in the last minute, the GPU if that is what is measured.
+
+    Memory in bytes.
     Called before anything is measured: a load then is somebody else's, and the numbers suffer from it.
     """
     affinity = getattr(os, "sched_getaffinity", None)
@@ -78,7 +94,9 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": versions("triton")["triton"],
         "numpy": np.__version__,
         "expface_kernels": expface_kernels.__version__,
         "commit": commit(),
+        "gpu": cuda.describe() if device == "cuda" else None,
     }

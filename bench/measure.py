@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from bench import cuda
+from bench.budget import CLOCK, Clock
 from bench.cases import Inputs
 from bench.peers.base import Step
 
@@ -50,19 +51,26 @@ def touch(gradient: Tensor) -> float:
     return gradient.reshape(-1)[:: PAGE_BYTES // gradient.element_size()].sum().item()
 
 
-def timed_step(step: Step, inputs: Inputs) -> float:
-    """Seconds to drop the last gradients, go forward and backward and read loss and gradients."""
-    start = time.perf_counter()
+def timed_step(step: Step, inputs: Inputs, clock: Clock = CLOCK) -> float:
+    """Seconds to drop the last gradients, go through the step and have loss and gradients.
+
+    Wall clock, on a GPU too, which is idle before and has finished after it: launching is part of a step.
+    """
+    start = clock()
     run_step(step, inputs)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def run_step(step: Step, inputs: Inputs) -> None:
+    """One step to its end: what it hands out is there, and has been read on a CPU."""
     inputs.drop_gradients()
-    step().item()
-    for leaf in (inputs.x, inputs.w):
+    loss = step()
+    for leaf in (inputs.x, inputs.w) if inputs.case.backward else ():
         assert leaf.grad is not None, "the step left no gradient"
-        touch(leaf.grad)
+        if inputs.case.device == "cpu":
+            touch(leaf.grad)
+    loss.item()
+    cuda.synchronise(inputs.case.device)
 
 
 @contextmanager
@@ -76,13 +84,24 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def time_run(
-    steps: dict[str, Step], inputs: Inputs, rounds: int, advance: Callable[[], None]
+    steps: dict[str, Step],
+    inputs: Inputs,
+    rounds: int,
+    advance: Callable[[], None] = lambda: None,
+    *,
+    go_on: Callable[[], bool] = lambda: True,
+    clock: Clock = CLOCK,
 ) -> dict[str, list[float]]:
-    """Seconds of each peer in each of `rounds` rounds; `advance` is called after each step, off the clock."""
+    """Seconds of each peer in each round: one, and up to `rounds` as long as `go_on` says so.
+
+    `advance` is called after each step, off the clock.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     with no_garbage_collection():
         for round_ in range(rounds):
+            if round_ and not go_on():
+                break
             for name in turn(list(steps), round_):
-                seconds[name].append(timed_step(steps[name], inputs))
+                seconds[name].append(timed_step(steps[name], inputs, clock))
                 advance()
     return seconds

@@ -6,6 +6,9 @@ run without data: an operator reads its inputs and writes its outputs, a view mo
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from bench import machine
 from bench.cases import Case
 from bench.peers.eager import margin_loss
 from expface_kernels.backends.triton import costs
 from expface_kernels.backends.triton.recording import Case as Launches
 
 DTYPES = ("bfloat16", "float16", "float32")
+KIND, SCHEMA = "model", 1
+"""What the JSON says it is, and the version of its fields."""
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.new_empty_strided}
 _GATHERS = {_aten.index}
@@ -72,21 +78,63 @@ def eager_costs(case: Case, dtype: torch.dtype) -> costs.Costs:
     return costs.Costs(tuple(operators.steps), memory.peak, w.nbytes)
 
 
-def report(case: Case, gpu: str, dtype: str, workspace_bytes: int) -> str:
-    """Steps of ours, then the eager head's sums, as text; ValueError for an unknown GPU or dtype."""
-    for name, value, known in (("model", gpu, costs.GPUS), ("dtype", dtype, DTYPES)):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
-    wide = getattr(torch, dtype)
-    launches = Launches(
-        case.rows, case.classes, case.features, wide, wide, case.scale, workspace_bytes=workspace_bytes
-    )
-    ours, eager = costs.costs(launches, costs.GPUS[gpu].arch), eager_costs(case, wide)
-    return "\n".join(
-        [
-            f"B={case.rows:,}, C={case.classes:,}, D={case.features:,}, {dtype}, "
-            f"workspace {workspace_bytes:,} bytes: a roofline, nothing is measured",
-            costs.report(ours, gpu),
-            costs.sums(eager, gpu, f"eager head, on {gpu}"),
-        ]
-    )
+@dataclass(frozen=True)
+class Model:
+    """A step of ours and of the eager head on a GPU (of costs.GPUS), as far as can be counted."""
+
+    case: Case
+    gpu: str
+    workspace_bytes: int
+    command: str
+    ours: costs.Costs
+    eager: costs.Costs
+
+    @classmethod
+    def of(cls, case: Case, gpu: str, workspace_bytes: int, command: str) -> Model:
+        """ValueError for an unknown GPU, or a dtype that the kernels do not take."""
+        for name, value, known in (("model", gpu, costs.GPUS), ("dtype", case.dtype, DTYPES)):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+        wide = getattr(torch, case.dtype)
+        launches = Launches(
+            case.rows, case.classes, case.features, wide, wide, case.scale, workspace_bytes=workspace_bytes
+        )
+        ours = costs.costs(launches, costs.GPUS[gpu].arch)
+        return cls(case, gpu, workspace_bytes, command, ours, eager_costs(case, wide))
+
+    def report(self) -> str:
+        """Steps of ours, then the eager head's sums."""
+        case = self.case
+        return "\n".join(
+            [
+                f"B={case.rows:,}, C={case.classes:,}, D={case.features:,}, {case.dtype}, "
+                f"workspace {self.workspace_bytes:,} bytes: a roofline, nothing is measured",
+                costs.report(self.ours, self.gpu),
+                costs.sums(self.eager, self.gpu, f"eager head, on {self.gpu}"),
+            ]
+        )
+
+    def to_json(self) -> str:
+        """Sums of both heads: FLOPs, bytes moved, milliseconds, peak bytes beside dw."""
+        gpu = costs.GPUS[self.gpu]
+        sums = {
+            name: {
+                "flops": found.flops,
+                "moved_bytes": found.moved,
+                "milliseconds": found.milliseconds(gpu),
+                "extra_bytes": found.extra,
+            }
+            for name, found in (("ours", self.ours), ("eager", self.eager))
+        }
+        data = {
+            "kind": KIND,
+            "schema": SCHEMA,
+            "gpu": self.gpu,
+            "rates": dataclasses.asdict(gpu),
+            "case": dataclasses.asdict(self.case),
+            "workspace_bytes": self.workspace_bytes,
+            **sums,
+            "commit": machine.commit(),
+            "command": self.command,
+        }
+        return json.dumps(data, indent=1) + "\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.cases import Case
 from bench.measure import Spread, quietest_run
-from bench.peers import BASELINE
+from bench.peers import BASELINE, baseline
 
 SCHEMA = 1
 """Version of the JSON: raised when a field changes its meaning or goes."""
@@ -22,10 +22,11 @@ class Gate:
     peer: str
     label: str
     errors: tuple[float, ...]
-    """Relative errors of loss, dx and dw; empty where the peer raised."""
+    """Relative errors of loss, dx and dw, or of the loss of a forward alone; empty where the peer raised."""
     limit: float
     passed: bool
     reason: str | None
+    backward: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ class Result:
         return Spread.of(self.runs[run][peer])
 
     def ratio(self, peer: str, run: int) -> float | None:
-        """Median of the baseline over the median of the peer: above 1 the peer is faster."""
-        if BASELINE not in self.runs[run]:
+        """Median of its baseline over the median of the peer: above 1 the peer is faster."""
+        if (base := baseline(peer)) not in self.runs[run]:
             return None
-        return self.seconds(BASELINE, run).median / self.seconds(peer, run).median
+        return self.seconds(base, run).median / self.seconds(peer, run).median
 
     def to_json(self) -> str:
         """The fields, and for readers without this code a summary of the best run."""
@@ -94,7 +95,11 @@ class Result:
     @classmethod
     def from_json(cls, text: str) -> Result:
         """ValueError for text of another schema."""
-        data = json.loads(text)
+        return cls.from_data(json.loads(text))
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Result:
+        """From the JSON's object; ValueError for another schema."""
         if data.get("schema") != SCHEMA:
             raise ValueError(f"schema: expected {SCHEMA}, got {data.get('schema')!r}")
         return cls(

@@ -6,13 +6,13 @@ import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rich.progress import Progress
-
 from bench import machine, memory, peers
 from bench.cases import Case
-from bench.gate import check, gate_case, truth
+from bench.gate import check_all, gate_case, in_terms_of
 from bench.measure import WARM_UPS, run_step, time_run
-from bench.result import Gate, Memory, Result
+from bench.peers.base import terms
+from bench.result import Memory, Result
+from bench.show import Progress
 from bench.spin import spinning
 
 
@@ -37,11 +37,11 @@ class Plan:
 
 def run(plan: Plan, progress: Progress) -> Result:
     """Everything in the plan that the gate lets through."""
-    described = machine.describe()
+    described = machine.describe(plan.case.device)
     small = gate_case(plan.case)
-    able = [name for name in plan.every_peer if peers.get(name).why_not(small) is None]
-    gates = _gate(small, able, progress)
-    reasons = {name: peers.get(name).why_not(plan.case) for name in plan.peers}
+    able = [name for name in plan.every_peer if _why_not(name, small) is None]
+    gates = check_all(able, small, _task(progress, "gate", len(able)))
+    reasons = {name: _why_not(name, plan.case) for name in plan.peers}
     right = [gate.peer for gate in gates if gate.passed and reasons.get(gate.peer, "") is None]
     return Result(
         case=plan.case,
@@ -57,20 +57,14 @@ def run(plan: Plan, progress: Progress) -> Result:
     )
 
 
-def _gate(case: Case, names: list[str], progress: Progress) -> tuple[Gate, ...]:
-    advance = _task(progress, "gate", len(names))
-    inputs = case.inputs()
-    wanted = truth(inputs)
-    gates = []
-    for name in names:
-        gates.append(check(name, inputs, wanted))
-        advance()
-    return tuple(gates)
+def _why_not(name: str, case: Case) -> str | None:
+    peer = peers.get(name)
+    return peer.why_not(terms(peer, case))
 
 
 def _time(plan: Plan, names: list[str], progress: Progress) -> tuple[dict[str, list[float]], ...]:
     inputs = plan.case.inputs()
-    steps = {name: peers.get(name).step(inputs) for name in names}
+    steps = {name: peers.get(name).step(in_terms_of(name, inputs)) for name in names}
     advance = _task(progress, "warm-up", len(names) * WARM_UPS)
     for step in steps.values():
         for _ in range(WARM_UPS):
@@ -82,15 +76,15 @@ def _time(plan: Plan, names: list[str], progress: Progress) -> tuple[dict[str, l
 
 
 def _memory(plan: Plan, wrong: set[str], progress: Progress) -> tuple[Memory, ...]:
-    pairs = [(name, case) for case in plan.memory_cases for name in plan.memory_peers if name not in wrong]
-    advance = _task(progress, "memory", len(pairs))
-    entries = []
-    for name, case in pairs:
-        entries.append(memory.measure(name, case))
+    names = [name for name in plan.memory_peers if name not in wrong]
+    advance = _task(progress, "memory", len(plan.memory_cases))
+    entries: list[Memory] = []
+    for case in plan.memory_cases:
+        entries += memory.measure_all(names, case)
         advance()
     return tuple(entries)
 
 
 def _task(progress: Progress, description: str, total: int) -> Callable[[], None]:
-    task = progress.add_task(description, total=total)
-    return lambda: progress.advance(task)
+    advance = progress.task(description, total)
+    return lambda: advance(1)

@@ -1,4 +1,4 @@
-"""Peers by name. A new one is a file here with a class like `base.Peer`, and a line in PEERS."""
+"""Peers by name. A new one is a file here with a class derived from `base.Peer`, and a line below."""
 
 from __future__ import annotations
 
@@ -6,12 +6,49 @@ import importlib
 
 from bench.peers.base import Peer
 from bench.peers.compiled import Compiled
+from bench.peers.cut_cross_entropy import CutCrossEntropy
 from bench.peers.eager import Eager
-from bench.peers.ours import Ours
+from bench.peers.liger import Liger
+from bench.peers.metric_learning import MetricLearning
+from bench.peers.ours import Ours, OursSampled
+from bench.peers.partial_fc import PartialFC
+from bench.peers.torch_linear import TorchLinear
+
+_ALL: tuple[Peer, ...] = (
+    Ours(),
+    Eager(),
+    Compiled(dynamic=False),
+    MetricLearning("arcface", "ArcFaceLoss"),
+    MetricLearning("cosface", "CosFaceLoss"),
+    TorchLinear("plain"),
+    TorchLinear("compiled"),
+    TorchLinear("chunked"),
+    CutCrossEntropy("cce"),
+    CutCrossEntropy("cce_exact"),
+    Liger(),
+    OursSampled(),
+    PartialFC(),
+)
+# Found by name only: the same code as another, compiled in another way.
+_MORE: tuple[Peer, ...] = (Compiled(dynamic=True), TorchLinear("dynamic"))
+PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}
+_BY_NAME = PEERS | {peer.name: peer for peer in _MORE}
 
 BASELINE = "eager"
 """The peer that ratios are against."""
-PEERS: dict[str, Peer] = {peer.name: peer for peer in (Ours(), Eager(), Compiled())}
+SAMPLED_BASELINE = "partial_fc"
+"""The same for peers that sample the classes."""
+_SAMPLED = {peer.name for peer in _ALL if peer.sample_rate != 1}
+
+
+def names() -> list[str]:
+    """All that `get` knows by name."""
+    return list(_BY_NAME)
+
+
+def baseline(name: str) -> str:
+    """The peer that this one's ratio is against: it does the same work."""
+    return SAMPLED_BASELINE if name in _SAMPLED else BASELINE
 
 
 def get(name: str) -> Peer:
@@ -19,8 +56,8 @@ def get(name: str) -> Peer:
 
     A name of PEERS, "ours@N" for a workspace of N bytes, or "package.module:ATTRIBUTE".
     """
-    if name in PEERS:
-        return PEERS[name]
+    if name in _BY_NAME:
+        return _BY_NAME[name]
     if name.startswith("ours@") and name.removeprefix("ours@").isdecimal():
         return Ours(int(name.removeprefix("ours@")))
     module, colon, attribute = name.partition(":")
@@ -31,5 +68,5 @@ def get(name: str) -> Peer:
             raise ValueError(f"peers: {name!r} cannot be imported: {error}") from error
         return peer
     raise ValueError(
-        f"peers: expected names of {list(PEERS)}, ours@BYTES or package.module:ATTRIBUTE, got {name!r}"
+        f"peers: expected names of {list(_BY_NAME)}, ours@BYTES or package.module:ATTRIBUTE, got {name!r}"
     )

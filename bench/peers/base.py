@@ -1,44 +1,138 @@
-"""What a peer is: a loss head that steps over a case's inputs."""
+"""What a peer is: a loss head that steps over a case's inputs, and what it declares of itself."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor
 
-from bench import machine
-from bench.cases import Case, Inputs
+from bench import cuda, machine
+from bench.cases import AUTOCASTS, DEVICES, MARGINS, Case, Inputs
+from expface_kernels.margins import TARGET_GRADIENTS
 
 Step = Callable[[], Tensor]
 # Of the free memory: needs are estimates, and whoever else is on the machine wants some too.
-USABLE = 0.75
+USABLE = {"cpu": 0.75, "cuda": 0.92}
+NO_MARGIN: tuple[str, ...] = ("normface",)
+GPU_ONLY: tuple[str, ...] = ("cuda",)
 
 
-class Peer(Protocol):
+class Peer(ABC):
     """A loss head to be measured. `name` is what `--peers` calls it."""
 
     name: str
-    compiles: bool
-    """Its first step at a new shape compiles. Such a peer keeps no buffers from one step to the next."""
+    compiles: bool = False
+    """Its first step at a new shape compiles."""
+    devices: tuple[str, ...] = DEVICES
+    margins: tuple[str, ...] = tuple(MARGINS)
+    """Names of bench.cases.MARGINS that it can do, its own first."""
+    gradients: tuple[str, ...] = TARGET_GRADIENTS
+    """The target gradients that it can do."""
+    sample_rate: float = 1.0
+    """The share of the classes that take part in its step."""
 
+    loads: tuple[str, ...] = ()
+    """Modules that its step imports when it is first made or run."""
+
+    @abstractmethod
     def label(self, case: Case) -> str:
-        """What tables call it, with the gradient mode."""
+        """What tables call it, with the gradient mode, and version and chunk size of a library."""
 
-    def why_not(self, case: Case) -> str | None:
-        """Why it cannot run this case here; None where it can."""
+    @abstractmethod
+    def extra_bytes(self, case: Case) -> int:
+        """About what it holds at its peak, beside inputs and gradients."""
 
+    @abstractmethod
     def step(self, inputs: Inputs) -> Step:
-        """A function that goes forward and backward, fills x.grad and w.grad and returns the loss ().
+        """A function that goes forward and, if the case wants it, backward, and returns the loss ().
 
-        What does not belong into every step is done before it returns.
+        It fills x.grad and w.grad. What does not belong into every step is done before it returns.
+        `inputs.case` is in its own terms.
         """
 
-
-def memory_reason(case: Case, extra_bytes: int) -> str | None:
-    """Why a case does not fit, for a peer that needs about `extra_bytes` beside inputs and gradients."""
-    need = 2 * case.gradient_bytes + extra_bytes
-    free = machine.available_bytes()
-    if free is None or need <= USABLE * free:
+    def missing(self, case: Case) -> str | None:
+        """What of its own it lacks here for this case: a library, a compiler, a dtype; None for nothing."""
         return None
-    return f"needs about {need / 1e9:.3g} GB, more than {USABLE:.0%} of the {free / 1e9:.3g} GB that are free"
+
+    def held_bytes(self, case: Case) -> int:
+        """About what it keeps from one step to the next."""
+        return 0
+
+    def cannot(self, case: Case) -> str | None:
+        """Why it cannot run this case here, memory apart; None where it can."""
+        if reason := self.missing(case):
+            return reason
+        if case.device not in self.devices:
+            return (
+                "it runs on a GPU only" if self.devices == GPU_ONLY else f"it does not run on {case.device}"
+            )
+        return cuda.unavailable() if case.device == "cuda" else None
+
+    def needed_bytes(self, case: Case) -> int:
+        """Inputs, gradients and what it holds beside them at its peak."""
+        return case.input_bytes + case.gradient_bytes + self.extra_bytes(case)
+
+    def why_not(self, case: Case) -> str | None:
+        """Why it cannot run this case here, memory included; None where it can."""
+        return self.cannot(case) or memory_reason(self.needed_bytes(case), case.device)
+
+
+def terms(peer: Peer, case: Case) -> Case:
+    """The case as this peer can do it: the same sizes, a margin, target gradient and sampling that it has.
+
+    Truth is taken in these terms. Time and memory hardly depend on margin and target gradient, which concern
+    B numbers of a step; sampling is another mode, and a label says so.
+    """
+    return dataclasses.replace(
+        case,
+        margin=case.margin if case.margin in peer.margins else peer.margins[0],
+        target_gradient=case.target_gradient if case.target_gradient in peer.gradients else peer.gradients[0],
+        sample_rate=peer.sample_rate,
+    )
+
+
+def mode(peer: Peer, case: Case) -> str:
+    """The part of a label that says what is computed: the target gradient, or that there is no margin."""
+    return "no margin" if peer.margins == NO_MARGIN else terms(peer, case).target_gradient
+
+
+def memory_reason(needed_bytes: int, device: str) -> str | None:
+    """Why so much does not fit on the device; None where it does or cannot be told."""
+    free, usable = machine.available_bytes(device), USABLE[device]
+    if free is None or needed_bytes <= usable * free:
+        return None
+    return (
+        f"needs about {needed_bytes / 1e9:.3g} GB, more than {usable:.0%} of the {free / 1e9:.3g} GB that "
+        "are free"
+    )
+
+
+def not_installed(module: str, package: str) -> str | None:
+    """Why a library cannot be used, as far as it shows without importing it."""
+    return None if importlib.util.find_spec(module) else f"{package} is not installed"
+
+
+def autocast(case: Case) -> AbstractContextManager[object]:
+    """What stands around a forward."""
+    if case.autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(case.device, AUTOCASTS[case.autocast])
+
+
+def step_of(case: Case, forward: Callable[[], Tensor]) -> Step:
+    """Forward, under autocast if the case wants it, and backward, outside it, as users do."""
+
+    def step() -> Tensor:
+        with torch.set_grad_enabled(case.backward), autocast(case):
+            loss = forward()
+        if case.backward:
+            loss.backward()
+        return loss
+
+    return step

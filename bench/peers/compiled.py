@@ -4,40 +4,60 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.cases import Case, Inputs
 from bench.peers import eager
-from bench.peers.base import Step, memory_reason
+from bench.peers.base import Peer, Step, mode, step_of
 
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
+# A sweep has more shapes than torch would compile one function for.
+SHAPES_COMPILED = 100
 
 
-class Compiled:
-    """Default mode, one graph, static shapes: what suits the compiler best."""
+def no_compiler() -> str | None:
+    """Why torch.compile cannot work here; None where it may."""
+    if any(shutil.which(compiler) for compiler in COMPILERS):
+        return None
+    return "torch.compile needs a C++ compiler, none is on the path"
 
-    name = "compiled"
+
+def compiled(function: Callable[..., Tensor], *, dynamic: bool) -> Callable[..., Tensor]:
+    """In default mode, as one graph; for each shape anew, or once for all (`dynamic`)."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, SHAPES_COMPILED)
+    made: Callable[..., Tensor] = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    return made
+
+
+class Compiled(Peer):
+    """Static shapes suit the compiler best; dynamic ones save a sweep minutes of compiling."""
+
     compiles = True
+    loads = ("torch._dynamo",)
+
+    def __init__(self, *, dynamic: bool) -> None:
+        self.dynamic = dynamic
+        self.name = "compiled_dynamic" if dynamic else "compiled"
 
     def label(self, case: Case) -> str:
-        return f"torch.compile of it ({case.target_gradient})"
+        shapes = ", dynamic shapes" if self.dynamic else ""
+        return f"torch.compile of the eager head{shapes} ({mode(self, case)})"
 
-    def why_not(self, case: Case) -> str | None:
-        if not any(shutil.which(compiler) for compiler in COMPILERS):
-            return "torch.compile needs a C++ compiler, none is on the path"
-        return memory_reason(case, eager.extra_bytes(case))
+    def missing(self, case: Case) -> str | None:
+        return no_compiler()
+
+    def extra_bytes(self, case: Case) -> int:
+        return eager.extra_bytes(case)
 
     def step(self, inputs: Inputs) -> Step:
         case, margin = inputs.case, inputs.case.margin_function()
-        compiled = torch.compile(eager.margin_loss, fullgraph=True, dynamic=False)
-
-        def step() -> Tensor:
-            loss: Tensor = compiled(
-                inputs.x, inputs.w, inputs.labels, margin, case.scale, case.target_gradient
-            )
-            loss.backward()
-            return loss
-
-        return step
+        loss = compiled(eager.margin_loss, dynamic=self.dynamic)
+        return step_of(
+            case,
+            lambda: loss(inputs.x, inputs.w, inputs.labels, margin, case.scale, case.target_gradient),
+        )

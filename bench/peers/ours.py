@@ -1,38 +1,53 @@
-"""This package's head, with a workspace of its default size or another."""
+"""This package's head, with a workspace of its default size or another, over all classes or a sample."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from bench.cases import Case, Inputs
-from bench.peers.base import Step, memory_reason
+from bench.peers.base import Peer, Step, mode, step_of
+from bench.peers.partial_fc import SAMPLE_RATE
 from expface_kernels import backends, margin_cross_entropy
+from expface_kernels.backends.cpu import TILE_CLASSES, TILE_ELEMENTS
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 
 
-class Ours:
+class Ours(Peer):
     """`margin_cross_entropy`. "ours" has the default workspace, "ours@0" none, "ours@N" one of N bytes."""
 
-    compiles = False
+    loads = ("torch._dynamo",)
 
     def __init__(self, workspace_bytes: int | None = None) -> None:
         self.name = "ours" if workspace_bytes is None else f"ours@{workspace_bytes}"
         self.workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
 
     def label(self, case: Case) -> str:
-        return f"ours, workspace {self.workspace_bytes / 2**20:.4g} MiB ({case.target_gradient})"
+        return f"ours, workspace {self.workspace_bytes / 2**20:.4g} MiB ({mode(self, case)})"
 
-    def why_not(self, case: Case) -> str | None:
-        state = backends.available()["cpu"]
-        if state != "ok":
-            return state
-        exponentials = case.rows * case.classes * case.itemsize
-        return memory_reason(case, min(self.workspace_bytes, exponentials) + 4 * case.classes)
+    def missing(self, case: Case) -> str | None:
+        state = backends.available()["cpu" if case.device == "cpu" else "triton"]
+        return None if state == "ok" else state
+
+    def extra_bytes(self, case: Case) -> int:
+        """A GPU's from the cost model; else exponentials kept, a tile of logits, a number a class."""
+        if case.device == "cuda":
+            from bench import roofline  # needs Triton, which not every system has
+
+            return roofline.extra_bytes(case, self.workspace_bytes)
+        logits = case.rows * case.taking_part
+        kept = min(self.workspace_bytes, logits * case.itemsize) if case.backward else 0
+        # A sample's tile of centres is copied, and so is that of their gradients.
+        copied = 2 * case.features * min(case.taking_part, TILE_CLASSES[1]) if self.sample_rate != 1 else 0
+        return kept + (min(TILE_ELEMENTS, logits) + case.taking_part + copied) * max(case.itemsize, 4)
+
+    def held_bytes(self, case: Case) -> int:
+        """On the CPU the workspace and the memory of w's gradient wait for the next step."""
+        return 0 if case.device == "cuda" else self.extra_bytes(case) + case.gradient_bytes
 
     def step(self, inputs: Inputs) -> Step:
-        case, margin = inputs.case, inputs.case.margin_function()
+        case, margin, subset = inputs.case, inputs.case.margin_function(), inputs.subset()
 
-        def step() -> Tensor:
+        def forward() -> Tensor:
             loss = margin_cross_entropy(
                 inputs.x,
                 inputs.w,
@@ -40,10 +55,23 @@ class Ours:
                 margin,
                 scale=case.scale,
                 target_gradient=case.target_gradient,
+                class_subset=subset,
                 workspace_bytes=self.workspace_bytes,
             )
             assert isinstance(loss, Tensor)
-            loss.backward()
             return loss
 
-        return step
+        return step_of(case, forward)
+
+
+class OursSampled(Ours):
+    """The same over a sample of the classes (`class_subset`), no gathered copy of which is made."""
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "ours_sampled"
+
+    def label(self, case: Case) -> str:
+        return f"ours, {self.sample_rate:.0%} of the classes sampled ({mode(self, case)})"

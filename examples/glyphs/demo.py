@@ -10,6 +10,7 @@ The exit status is 0 only if ExpFace, where it was trained, reached the quality 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -25,9 +26,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from torch import Tensor
 
+from bench import machine
 from examples.glyphs import pictures
 from examples.glyphs.dataset import COMPACT_FILE, DataError, Glyphs, load
-from examples.glyphs.head_timing import HeadCost, Size, measure
+from examples.glyphs.head_timing import HeadCost, Size, as_fields, measure
 from examples.glyphs.model import EMBEDDING_SIZE, embed, make_net
 from examples.glyphs.training import EpochRecord, Recipe, Step, TrainingError, train
 from examples.glyphs.verification import FAR_LEVELS, Verification, verify_glyphs
@@ -84,9 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(_verification_table(runs))
     _save_pictures(options.out, runs, glyphs)
     console.print(f"\nTiming one step of the head at {plan.timing.classes:,} classes ...")
-    console.print(_timing_table(measure(plan.timing), plan.timing))
+    costs = measure(plan.timing)
+    console.print(_timing_table(costs, plan.timing))
     console.print(f"Pictures: {options.out}/ (training, roc, cosines, nearest_NAME .png)")
-    console.print(f"Done in {time.perf_counter() - start:.0f} s.")
+    seconds = time.perf_counter() - start
+    console.print(f"Done in {seconds:.0f} s.")
+    if options.json is not None:
+        figures = _figures(runs, glyphs, plan, costs, seconds)
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
     return quality_status(runs, plan.recipe) if plan.demanding else 0
 
 
@@ -101,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures (default out)")
     parser.add_argument("--data", type=Path, default=COMPACT_FILE, help="another .npz of build_dataset.py")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
     parser.add_argument("--toy", action="store_true", help="a tiny subset and 1 epoch, no demand on quality")
     return parser
 
@@ -223,6 +231,32 @@ def _timing_table(costs: dict[str, HeadCost], size: Size) -> Table:
             name, f"{cost.seconds:.3f}", f"{speed:.1f}x", extra, f"{size.weight_bytes / 1e6:,.0f} MB"
         )
     return table
+
+
+def _figures(
+    runs: dict[str, Run], glyphs: Glyphs, plan: Plan, costs: dict[str, HeadCost], seconds: float
+) -> dict[str, object]:
+    """All that the demo printed, for JSON; seconds and bytes."""
+    return {
+        **{name: machine.describe()[name] for name in ("cpu", "cores", "torch", "commit")},
+        "seconds": seconds,
+        "seed": plan.recipe.seed,
+        "epochs": plan.recipe.epochs,
+        "characters": len(glyphs.train.characters),
+        "fonts": len(glyphs.train.fonts),
+        "test_characters": len(glyphs.test.characters),
+        "test_fonts": len(glyphs.test.fonts),
+        "losses": {
+            name: {
+                "seconds": sum(record.seconds for record in run.records),
+                "tar": {f"{far:g}": tar for far, tar in run.verification.tar.items()},
+                "auc": run.verification.auc,
+                "rank1": run.verification.rank1,
+            }
+            for name, run in runs.items()
+        },
+        "heads": as_fields(costs),
+    }
 
 
 def _save_pictures(out: Path, runs: dict[str, Run], glyphs: Glyphs) -> None:

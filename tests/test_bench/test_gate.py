@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from bench import peers
 from bench.cases import DEFAULT, MARGINS, Case
 from bench.gate import check, gate_case, truth
 from tests.test_bench import strange_peers
@@ -56,20 +55,3 @@ def test_the_gate_is_small_and_of_the_same_kind() -> None:
     case = gate_case(dataclasses.replace(DEFAULT, margin="arcface"))
     assert case.rows * case.classes < 1e6
     assert (case.features, case.margin) == (DEFAULT.features, "arcface")
-
-
-def test_peers_have_names_and_labels_with_the_gradient_mode() -> None:
-    for name in [*peers.PEERS, "ours@0", f"{STRANGE}:SHIFTED"]:
-        peer = peers.get(name)
-        assert peer.name == name
-    for name in [*peers.PEERS, "ours@0"]:
-        assert "exact" in peers.get(name).label(CASE)
-
-
-def test_a_peer_says_what_it_would_need() -> None:
-    huge = Case(rows=1000, classes=10**12, features=4)
-    for name in [*peers.PEERS, "ours@0"]:
-        reason = peers.get(name).why_not(huge)
-        assert reason is not None
-        assert "GB" in reason
-        assert peers.get(name).why_not(CASE) is None

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench.__main__ import TOY_ROUNDS, main
+from bench import cuda, memory, peers
+from bench.__main__ import main as bench_main
 from bench.cases import TOY
+from bench.commands.single import TOY_ROUNDS
+from bench.peers.base import terms
 from bench.result import Result
+from bench.sweep_result import Sweep
 from tests.test_bench import strange_peers
 
 STRANGE = strange_peers.__name__
@@ -18,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def _main(*argv: str) -> int:
     """The exit code, whether it is returned or argparse's."""
     try:
-        return main(argv)
+        return bench_main(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
 
@@ -45,6 +50,9 @@ def _main(*argv: str) -> int:
         (["--memory-classes", "0"], "classes"),
         (["--memory-classes", str(10**13)], "fit"),
         (["--classes", str(10**13)], "fit"),
+        (["--device", "tpu"], "device"),
+        (["--dtype", "int8"], "dtype"),
+        (["--autocast", "float32"], "autocast"),
         (["--json", "no/such/directory/x.json"], "no/such/directory"),
         (["--unknown"], "unknown"),
     ],
@@ -58,6 +66,71 @@ def test_bad_input_is_one_line_that_names_it_and_exit_code_2(
     assert err.startswith("bench: ")
     assert err.count("\n") == 1
     assert named in err
+
+
+def test_without_a_gpu_cuda_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda, "unavailable", lambda: "there is no GPU")
+    assert _main("--device", "cuda") == 2
+    assert capsys.readouterr().err == "bench: device: there is no GPU\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--peers", "nobody"], "nobody"),
+        (["--peers", f"{STRANGE}:UNABLE"], "it is Sunday"),
+        (["--classes", "0"], "classes"),
+        (["--rows", "many"], "rows"),
+        (["--features", "-1"], "features"),
+        (["--classes", str(10**13)], "fit"),
+        (["--rounds", "0"], "rounds"),
+        (["--seconds", "nan"], "seconds"),
+        (["--margin", "none"], "margin"),
+        (["--quick"], "not allowed with"),
+        (["--json", "no/such/directory/x.json"], "no/such/directory"),
+        (["--plots", "no/such/directory/x"], "no/such/directory"),
+        (["--unknown"], "unknown"),
+    ],
+)
+def test_bad_input_of_a_sweep_is_one_line_too(
+    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main("sweep", "--toy", *argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("bench: ")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+def test_options_of_a_sweep_reach_its_result(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    argv = ["--rows", "4", "--margin", "arcface", "--target-gradient", "detached", "--rounds", "1"]
+    argv += ["--peers", "ours", "eager", "--json", str(path), "--plots", str(tmp_path / "plots")]
+    assert _main("sweep", "--toy", *argv) == 0
+    sweep = Sweep.from_data(json.loads(path.read_text()))
+    assert sweep.complete
+    assert [axis.varies for axis in sweep.axes] == ["rows"]
+    assert {point.case.rows for point in sweep.points} == {4, 16}
+    assert {point.case.backward for point in sweep.points} == {True, False}
+    assert {(p.case.margin, p.case.target_gradient) for p in sweep.points} == {("arcface", "detached")}
+    assert {len(point.seconds) for point in sweep.points} == {1}
+    assert all(point.extra_bytes is not None for point in sweep.points)
+    assert {"frontier.png", "speedups.png"} <= {p.name for p in (tmp_path / "plots").iterdir()}
+
+
+def test_a_sweep_with_a_wrong_peer_measures_the_others_and_exits_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "unavailable", lambda device: "not here")
+    path, wrong = tmp_path / "sweep.json", f"{STRANGE}:SHIFTED"
+    argv = ["--classes", "500", "--forward-only", "--peers", "eager", wrong, "--json", str(path)]
+    assert _main("sweep", "--toy", *argv) == 1
+    sweep = Sweep.from_data(json.loads(path.read_text()))
+    assert {point.peer for point in sweep.points if point.seconds} == {"eager"}
+    assert {point.reason for point in sweep.points if point.peer == "eager"} == {"not here"}
 
 
 def test_a_wrong_peer_is_not_measured_and_the_exit_code_is_1(
@@ -77,10 +150,12 @@ def test_options_reach_the_result(tmp_path: Path) -> None:
     argv = ["--rows", "4", "--classes", "30", "--features", "8", "--margin", "arcface", "--scale", "16"]
     argv += ["--target-gradient", "detached", "--rounds", "2", "--runs", "2", "--workspace-bytes", "64"]
     argv += ["--peers", "ours", "eager", "--no-memory", "--spin", "--json", str(path)]
+    argv += ["--autocast", "bfloat16"]
     assert _main("--toy", *argv) == 0
     result = Result.from_json(path.read_text())
     case = result.case
     assert (case.rows, case.classes, case.features) == (4, 30, 8)
+    assert (case.device, case.dtype, case.autocast) == ("cpu", "float32", "bfloat16")
     assert (case.margin, case.scale, case.target_gradient) == ("arcface", 16, "detached")
     assert [{peer: len(seconds) for peer, seconds in run.items()} for run in result.runs] == [
         {"ours@64": 2, "eager": 2}
@@ -101,6 +176,9 @@ def test_the_toy_command_runs_to_its_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     result = Result.from_json(path.read_text())
     assert result.case == TOY
-    assert [gate.peer for gate in result.gates] == ["ours", "eager", "compiled"]
+    here = [name for name, peer in peers.PEERS.items() if peer.why_not(terms(peer, TOY)) is None]
+    assert {"ours", "eager", "compiled", "torch_linear"} <= set(here)
+    assert [gate.peer for gate in result.gates] == here
+    assert set(result.skipped) == set(peers.PEERS) - set(here)
     assert {len(seconds) for seconds in result.runs[0].values()} == {TOY_ROUNDS}
     assert "Peak extra memory" in done.stdout

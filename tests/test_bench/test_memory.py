@@ -11,7 +11,7 @@ STRANGE = strange_peers.__name__
 
 @pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
 def test_a_known_allocation_is_measured() -> None:
-    found = memory.measure(f"{STRANGE}:WASTEFUL", TOY)
+    (found,) = memory.measure_all([f"{STRANGE}:WASTEFUL"], TOY)
     assert found.error is None
     assert found.extra_bytes is not None
     assert abs(found.extra_bytes - strange_peers.ALLOCATED_BYTES) < 4e6
@@ -19,20 +19,20 @@ def test_a_known_allocation_is_measured() -> None:
 
 @pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
 def test_a_process_that_fails_is_an_error_with_its_last_line() -> None:
-    found = memory.measure(f"{STRANGE}:RAISING", TOY)
+    (found,) = memory.measure_all([f"{STRANGE}:RAISING"], TOY)
     assert found.extra_bytes is None
     assert found.error == "RuntimeError: out of order"
 
 
 def test_a_peer_that_cannot_is_not_tried() -> None:
-    found = memory.measure(f"{STRANGE}:UNABLE", TOY)
+    (found,) = memory.measure_all([f"{STRANGE}:UNABLE"], TOY)
     assert (found.extra_bytes, found.error) == (None, None)
     assert found.why_not
 
 
 def test_another_system_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_CLEAR_REFS", memory.Path("/nowhere"))
-    found = memory.measure("ours", TOY)
+    (found,) = memory.measure_all(["ours"], TOY)
     assert found.extra_bytes is None
     assert found.why_not is not None
     assert "Linux" in found.why_not

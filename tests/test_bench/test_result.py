@@ -5,9 +5,8 @@ import io
 import json
 
 import pytest
-from rich.console import Console
 
-from bench import machine
+from bench import machine, show
 from bench.cases import MEMORY, TOY
 from bench.report import print_report
 from bench.result import SCHEMA, Gate, Memory, Result
@@ -78,10 +77,9 @@ def test_a_wrong_peer_or_a_failed_measurement_is_not_ok() -> None:
 
 
 def _printed(result: Result) -> str:
-    console = Console(file=io.StringIO(), width=140)
-    print_report(result, console)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    file = io.StringIO()
+    print_report(result, show.output(file))
+    return file.getvalue()
 
 
 def test_the_report_shows_errors_times_ratios_memory_and_reasons() -> None:

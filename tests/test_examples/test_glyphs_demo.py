@@ -1,5 +1,6 @@
 """The demo end to end at toy size, its errors, and the demand on quality."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,19 +14,18 @@ import torch.nn.functional as F
 from examples.glyphs import augment as augmentation
 from examples.glyphs import demo, pictures
 from examples.glyphs.augment import augment
-from examples.glyphs.head_timing import EagerHead, Size, extra_bytes_in_subprocesses
 from examples.glyphs.model import EMBEDDING_SIZE, embed, make_net
 from examples.glyphs.training import Recipe, TrainingError, learning_rate, train
 from examples.glyphs.verification import Scores, Verification
 from expface_kernels import ExpFace, MarginSoftmaxHead
-from expface_kernels.reference import margin_cross_entropy
-from tests.tolerances import EAGER_GRADIENT, EAGER_LOSS, SAME_TRAINING
+from tests.tolerances import SAME_TRAINING
 
 
 def test_toy_demo_prints_its_figures_and_writes_its_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert demo.main(["--toy", "--losses", "expface", "normface", "--out", str(tmp_path)]) == 0
+    argv = ["--toy", "--losses", "expface", "normface", "--out", str(tmp_path)]
+    assert demo.main([*argv, "--json", str(tmp_path / "figures.json")]) == 0
     printed = capsys.readouterr().out
     for words in ("A toy: some seconds", "epoch 1 of 1: loss", "TAR@1e-4", "rank-1", "NormFace()", "eager"):
         assert words in printed
@@ -36,8 +36,15 @@ def test_toy_demo_prints_its_figures_and_writes_its_pictures(
         "cosines.png",
         "nearest_expface.png",
         "nearest_normface.png",
+        "figures.json",
     }
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    pictures = {name for name in names if name.endswith(".png")}
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures["losses"]) == {"expface", "normface"}
+    assert f"{figures['losses']['expface']['tar']['0.001']:.3f}" in printed
+    assert figures["heads"]["eager"]["extra_bytes"] != 0
+    assert (figures["characters"], figures["fonts"], figures["test_fonts"]) == (64, 6, 4)
 
 
 def test_unknown_loss_is_named_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,31 +184,6 @@ def test_same_seed_makes_the_same_net_and_leaves_the_global_generator_alone() ->
     assert torch.equal(a.embed.weight, b.embed.weight)
     assert not torch.equal(a.embed.weight, other.embed.weight)
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_eager_head_is_the_same_loss() -> None:
-    torch.manual_seed(0)
-    head = EagerHead(features=16, classes=50)
-    x = torch.randn(8, 16, requires_grad=True)
-    y = torch.randint(50, (8,))
-    expected = margin_cross_entropy(x, head.weight, y, ExpFace(), scale=32.0, target_gradient="detached")
-    assert isinstance(expected, torch.Tensor)
-    torch.testing.assert_close(head(x, y), expected, rtol=EAGER_LOSS, atol=EAGER_LOSS)
-    ours = torch.autograd.grad(head(x, y), (x, head.weight))
-    theirs = torch.autograd.grad(expected, (x, head.weight))
-    relative, absolute = EAGER_GRADIENT
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=relative, atol=absolute)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from Linux's /proc")
-def test_extra_memory_of_the_eager_head_is_its_logits() -> None:
-    size = Size(rows=512, classes=20_000, features=8)
-    logits = size.rows * size.classes * 4
-    # Apart, as the demo does: memory that other tests left behind here would be used again, and not counted.
-    extra = extra_bytes_in_subprocesses(size)["eager"]
-    assert extra is not None
-    assert 2 * logits < extra < 12 * logits
 
 
 def test_nearest_glyphs_are_sorted_and_in_other_fonts() -> None:

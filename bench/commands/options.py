@@ -1,0 +1,65 @@
+"""What the commands share: one line for bad input, peers and files from the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from bench import machine, peers
+from bench.cases import Case
+from bench.peers.base import terms
+from bench.plans import Preset
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"bench: {message}\n")
+
+
+def add_peers(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=list(default),
+        metavar="PEER",
+        help=f"of {', '.join(peers.names())}, ours@BYTES (workspace), package.module:ATTRIBUTE "
+        f"(default: {' '.join(default)})",
+    )
+
+
+def checked_peers(names: Sequence[str], preset: Preset) -> tuple[str, ...]:
+    """The names, once each; ValueError for an unknown one, or where none can run the smallest shape."""
+    names = tuple(dict.fromkeys(names))
+    smallest = preset.grid.cases()[0]
+    found = [peers.get(name) for name in names]
+    reasons = [peer.why_not(terms(peer, smallest)) for peer in found]
+    if all(reasons):
+        raise ValueError(f"none of the peers can run: {reasons[0]}")
+    return names
+
+
+def check_fits(case: Case) -> None:
+    """ValueError where not even inputs and gradients have room."""
+    need, free = 2 * case.input_bytes, machine.available_bytes(case.device)
+    if free is not None and need > free:
+        raise ValueError(
+            f"B={case.rows}, C={case.classes}, D={case.features} does not fit: inputs and gradients take "
+            f"{need / 1e9:.4g} GB, {free / 1e9:.3g} GB are free"
+        )
+
+
+def existing_folder(name: str, path: Path) -> Path:
+    """The path; ValueError where the folder that it shall lie in is not there."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}: there is no directory {path.parent}")
+    return path
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """ValueError below; NaN too."""
+    if not value >= least:
+        raise ValueError(f"{name}: expected at least {least:g}, got {value:g}")

@@ -1,0 +1,149 @@
+"""Two result files of the same kind against one another: what got slower, larger or went missing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import sweep_result
+from bench.cases import Case
+from bench.report import NONE, describe_case
+from bench.result import Result
+from bench.show import Output
+from bench.sweep_result import Sweep
+
+THRESHOLD = 0.1
+# Smaller changes of memory are pages and buffers that libraries take now and then.
+LEAST_BYTES = 4e6
+SAME_MACHINE = ("cpu", "cores", "torch_threads", "torch")
+
+Key = tuple[str, str, Case]
+"""("seconds" or "bytes", peer, case)"""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number before and after; None after where it was measured no more."""
+
+    what: str
+    peer: str
+    case: Case
+    before: float
+    after: float | None
+    worse: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    changes: tuple[Change, ...]
+    failed: tuple[str, ...]
+    """Peers whose answer was right before and is wrong now."""
+    warnings: tuple[str, ...]
+    threshold: float
+
+    @property
+    def regressions(self) -> list[str]:
+        """One line each."""
+        worse = [f"{c.peer}, {c.what}, {describe_case(c.case)}" for c in self.changes if c.worse]
+        return [*(f"{peer}: its answer is wrong now" for peer in self.failed), *worse]
+
+
+def load(path: Path) -> Result | Sweep:
+    """A result file; ValueError, in one line, for anything else."""
+    try:
+        data = json.loads(path.read_text())
+        if not isinstance(data, dict):
+            raise ValueError("expected a JSON object")
+        return Sweep.from_data(data) if data.get("kind") == sweep_result.KIND else Result.from_data(data)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a result of this program: {type(error).__name__} {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def compare(before: Result | Sweep, after: Result | Sweep, threshold: float) -> Comparison:
+    """ValueError for results of two kinds, or without a common number."""
+    if type(before) is not type(after):
+        raise ValueError("schema: expected two files of one kind, got a single case and a sweep")
+    old, new = _numbers(before), _numbers(after)
+    if not old.keys() & new.keys():
+        raise ValueError("the files have no peer and case in common")
+    changes = tuple(
+        Change(*key, value, new.get(key), _worse(key, value, new.get(key), threshold))
+        for key, value in old.items()
+    )
+    right = {(gate.peer, gate.backward) for gate in before.gates if gate.passed}
+    failed = [g.peer for g in after.gates if not g.passed and (g.peer, g.backward) in right]
+    return Comparison(changes, tuple(dict.fromkeys(failed)), _warnings(before, after), threshold)
+
+
+def _worse(key: Key, before: float, after: float | None, threshold: float) -> bool:
+    if after is None:
+        return False  # shown as missing: other peers or shapes were asked for, or there was less time
+    slack = LEAST_BYTES if key[0] == "bytes" else 0.0
+    return after > before * (1 + threshold) + slack
+
+
+def _numbers(result: Result | Sweep) -> dict[Key, float]:
+    """Medians and extra bytes."""
+    found: dict[Key, float] = {}
+    if isinstance(result, Sweep):
+        for point in result.points:
+            if point.median is not None:
+                found["seconds", point.peer, point.case] = point.median
+            if point.extra_bytes is not None:
+                found["bytes", point.peer, point.case] = float(point.extra_bytes)
+        return found
+    if (best := result.best_run) is not None:
+        for peer in result.runs[best]:
+            found["seconds", peer, result.case] = result.seconds(peer, best).median
+    for entry in result.memory:
+        if entry.extra_bytes is not None:
+            found["bytes", entry.peer, entry.case] = float(entry.extra_bytes)
+    return found
+
+
+def _warnings(before: Result | Sweep, after: Result | Sweep) -> tuple[str, ...]:
+    """What makes the seconds of two files hard to compare."""
+    first, second = _described(before.machine), _described(after.machine)
+    different = [
+        f"{name} {first[name]} against {second[name]}" for name in first if first[name] != second[name]
+    ]
+    return (f"two machines: {', '.join(different)}",) if different else ()
+
+
+def _described(machine: dict[str, Any]) -> dict[str, Any]:
+    gpu = machine.get("gpu") or {}
+    return {**{name: machine.get(name) for name in SAME_MACHINE}, "card": gpu.get("card")}
+
+
+def print_comparison(comparison: Comparison, out: Output) -> None:
+    """Every number that both have, the worst first, and what only the first has."""
+    for warning in comparison.warnings:
+        out.line(warning)
+    rows = []
+    for change in sorted(comparison.changes, key=_growth, reverse=True):
+        scale, unit = (1e-6, "MB") if change.what == "bytes" else (1.0, "s")
+        after = "missing" if change.after is None else f"{change.after * scale:.4g} {unit}"
+        grown = NONE if change.after is None or not change.before else f"{_growth(change) - 1:+.1%}"
+        worse = "WORSE" if change.worse else ""
+        of = describe_case(change.case) + ("" if change.case.backward else ", forward alone")
+        rows.append([f"{change.peer}: {of}", f"{change.before * scale:.4g} {unit}", after, grown, worse])
+    out.table(
+        "From the first file to the second",
+        ["head and case", "before", "after", "change", ""],
+        rows,
+        f"worse: more than {comparison.threshold:.0%} slower, or as much larger and {LEAST_BYTES / 1e6:g} MB",
+    )
+    for line in comparison.regressions:
+        out.line(f"REGRESSION: {line}")
+
+
+def _growth(change: Change) -> float:
+    if change.after is None or not change.before:
+        return 0.0
+    return change.after / change.before

@@ -1,0 +1,312 @@
+"""README's tables and measured numbers, from the files in bench/results.
+
+A block of README stands between `<!-- bench: NAME -->` and `<!-- /bench -->`, on lines of its own or within
+one. `rendered` writes every block anew; a block whose file is not there yet is empty.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import model
+from bench.cases import Case
+from bench.compare import load
+from bench.peers import BASELINE, SAMPLED_BASELINE, baseline
+from bench.result import Memory, Result
+from bench.slopes import FLAT_PEER, Slopes, slopes
+from bench.sweep_result import Point, Sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
+MAIN, SHARED = "cpu-b256-c100k-d512.json", "cpu-b256-c100k-d512-one-core-shared.json"
+SWEEP, MODEL, DEMO, GPU = "cpu-sweep.json", "model-h100.json", "demo.json", "gpu-*.json"
+PLOTS = "cpu-sweep"
+"""The folder of the sweep's pictures."""
+_BLOCK = re.compile(
+    r"(?P<start><!-- bench: (?P<name>[\w-]+) -->)(?P<text>.*?)(?P<end><!-- /bench -->)", re.DOTALL
+)
+NOTHING = "–"
+WIDTH = 112
+WITHIN_A_LINE = ("model",)
+"""Blocks of an item of a list."""
+OURS = {"ours": "**this package**", "ours@0": "this package, `workspace_bytes=0`"}
+
+
+def rendered(text: str, results: Path = RESULTS) -> str:
+    """The text with all its blocks as the files have them; ValueError for a block or file that is none."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise ValueError(f"README: expected blocks of {list(BLOCKS)}, got {name!r}")
+        content = BLOCKS[name](results)
+        if name not in WITHIN_A_LINE:
+            content = f"\n{content}\n" if content else "\n"
+        return f"{match['start']}{content}{match['end']}"
+
+    return _BLOCK.sub(block, text)
+
+
+def outside(text: str) -> str:
+    """The text without its blocks."""
+    return _BLOCK.sub("", text)
+
+
+def _file(results: Path, name: str) -> Path | None:
+    path = results / name
+    return path if path.is_file() else None
+
+
+def _prose(text: str, indent: str = "") -> str:
+    """Broken into lines; a link or a command stays whole."""
+    return textwrap.fill(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first column to the left."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _link(name: str) -> str:
+    return f"[bench/results/{name}](bench/results/{name})"
+
+
+def _single(results: Path, name: str) -> Result | None:
+    path = _file(results, name)
+    if path is None:
+        return None
+    found = load(path)
+    if not isinstance(found, Result):
+        raise ValueError(f"{path}: expected a single case, got a sweep")
+    return found
+
+
+def _sweep(path: Path) -> Sweep:
+    found = load(path)
+    if not isinstance(found, Sweep):
+        raise ValueError(f"{path}: expected a sweep, got a single case")
+    return found
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    load_ = machine["load_average"]
+    busy = "" if load_ is None else f"; load {load_:g} before the run"
+    return (
+        f"{machine['cores']} cores of an {machine['cpu']} ({machine['instruction_set']} kernels), "
+        f"torch {machine['torch'].partition('+')[0]}{busy}"
+    )
+
+
+def _shape(case: Case) -> str:
+    return f"B = {case.rows:,}, C = {case.classes:,}, D = {case.features:,}"
+
+
+def _seconds(value: float) -> str:
+    """Two digits, three from 1 on."""
+    return f"{value:.3g}" if value >= 1 else f"{value:.2g}"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.0f}"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e9:.2g} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def speed(results: Path) -> str:
+    """The headline case: seconds, ratios of every run, memory."""
+    result = _single(results, MAIN)
+    if result is None or result.best_run is None:
+        return ""
+    best, case = result.best_run, result.case
+    memory = {entry.peer: entry for entry in result.memory if entry.case == case}
+    names = [*result.runs[best], *(peer for peer in memory if peer not in result.runs[best])]
+    labels = {gate.peer: gate.label for gate in result.gates}
+    rows = []
+    for peer in names:
+        timed = peer in result.runs[best]
+        ratios = [result.ratio(peer, run) for run in range(len(result.runs))] if timed else []
+        held = memory[peer].extra_bytes if peer in memory else None
+        rows.append(
+            [
+                OURS.get(peer, labels[peer]) + (f" ({case.target_gradient})" if peer in OURS else ""),
+                _seconds(result.seconds(peer, best).median) if timed else "not timed",
+                ", ".join(NOTHING if r is None else f"{r:.2f}" for r in ratios) or NOTHING,
+                NOTHING if held is None else f"{_bytes(held)}",
+            ]
+        )
+    runs = ", ".join(str(run + 1) for run in range(len(result.runs)))
+    table = _table(["head", f"seconds, run {best + 1}", f"times eager, runs {runs}", "extra memory"], rows)
+    prose = _prose(
+        f"`{_without_json(result.command)}`: forward and both gradients, {_shape(case)}, {case.dtype}, "
+        f"{case.margin}, {case.target_gradient} gradient; {_machine(result.machine)}. "
+        f"Heads take turns within a process; medians of {result.rounds} rounds, in the quietest of "
+        f"{len(result.runs)} runs. Every head's loss and gradients are held against float64 before it is "
+        f"timed. All numbers: {_link(MAIN)}."
+    )
+    note = (
+        f"\n\nHeads that sample the classes are compared with `{SAMPLED_BASELINE}`, which does the same work."
+        if SAMPLED_BASELINE in names
+        else ""
+    )
+    return f"{prose}\n\n{table}{note}"
+
+
+def _without_json(command: str) -> str:
+    """The command as a user types it, who keeps no file."""
+    return re.sub(r" --(json|plots) \S+", "", command)
+
+
+def shared(results: Path) -> str:
+    """The same while another process keeps a core busy."""
+    result = _single(results, SHARED)
+    if result is None:
+        return ""
+    runs = range(len(result.runs))
+    parts = []
+    for peer in result.runs[0]:
+        if baseline(peer) == BASELINE and peer != BASELINE:
+            found = [result.ratio(peer, run) for run in runs]
+            label = next(gate.label for gate in result.gates if gate.peer == peer)
+            numbers = " and ".join(NOTHING if ratio is None else f"{ratio:.2f}" for ratio in found)
+            parts.append(f"{OURS.get(peer, label)} {numbers}")
+    return _prose(
+        f"While another process spins on one of the cores (`{_without_json(result.command)}`, "
+        f"{_link(SHARED)}), times the speed of the eager head: {'; '.join(parts)}."
+    )
+
+
+def memory(results: Path) -> str:
+    """Peak extra memory against classes, at the shape of the single run's sweep."""
+    result = _single(results, MAIN)
+    entries = [] if result is None else [e for e in result.memory if e.case != result.case]
+    if not entries:
+        return ""
+    cases = list(dict.fromkeys(entry.case for entry in entries))
+    found = {(entry.peer, entry.case): entry for entry in entries}
+    rows = []
+    for peer in dict.fromkeys(entry.peer for entry in entries):
+        label = OURS.get(peer, next(entry.label for entry in entries if entry.peer == peer))
+        rows.append([label, *(_held(found.get((peer, case))) for case in cases)])
+    first = cases[0]
+    return (
+        f"Peak extra memory of a step beside inputs and the two gradients, B = {first.rows:,}, "
+        f"D = {first.features:,}, in MB:\n\n"
+        + _table(["head", *(f"C = {case.classes:,}" for case in cases)], rows)
+    )
+
+
+def _held(entry: Memory | None) -> str:
+    return "not measured" if entry is None or entry.extra_bytes is None else _megabytes(entry.extra_bytes)
+
+
+def sweep(results: Path) -> str:
+    """The two plots against classes, and both slopes."""
+    path = _file(results, SWEEP)
+    if path is None:
+        return ""
+    found = _sweep(path)
+    axis = next(axis for axis in found.axes if axis.varies == "classes")
+    pictures = "\n".join(
+        f"![{text}](bench/results/{PLOTS}/classes-{name}.png)"
+        for name, text in (("seconds", "seconds against classes"), ("memory", "extra memory against classes"))
+    )
+    slope = slopes(found, axis, FLAT_PEER, backward=True)
+    prose = _prose(
+        f"`{_without_json(found.command)}` ({found.took_seconds / 60:.0f} minutes, {_link(SWEEP)}); "
+        f"{_machine(found.machine)}:"
+    )
+    return f"{prose}\n\n{pictures}\n\n{_growth(slope)}".rstrip()
+
+
+def _growth(slope: Slopes | None) -> str:
+    if slope is None or slope.memory_exponent is None or slope.bytes_a_class is None:
+        return ""
+    return _prose(
+        f"From C = {slope.first:,} to {slope.last:,} with `workspace_bytes=0`, the time of a step grows as "
+        f"C^{slope.seconds_exponent:.2f} and its extra memory as C^{slope.memory_exponent:.2f}, by "
+        f"{slope.bytes_a_class:.1f} bytes a class."
+    )
+
+
+def gpu(results: Path) -> str:
+    """A table of seconds for each card."""
+    parts = []
+    for path in sorted(results.glob(GPU)):
+        found = _sweep(path)
+        shapes = list(dict.fromkeys((p.case.rows, p.case.classes, p.case.features) for p in found.points))
+        at = {(p.peer, p.case.rows, p.case.classes, p.case.features): p for p in found.points}
+        labels = {point.peer: point.label for point in found.points if point.median is not None}
+        rows = [
+            [OURS.get(peer, label), *(_cell(found, at.get((peer, *shape))) for shape in shapes)]
+            for peer, label in labels.items()
+        ]
+        columns = ["head", *(f"B = {b:,}, C = {c:,}" for b, c, _ in shapes)]
+        prose = _prose(
+            f"On one {found.machine['gpu']['card']} (`{_without_json(found.command)}`, {_link(path.name)}), "
+            f"D = {shapes[0][2]:,}, bfloat16 autocast, ms of a step (times as fast as the eager head):"
+        )
+        parts.append(f"{prose}\n\n{_table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def _cell(found: Sweep, point: Point | None) -> str:
+    if point is None or point.median is None:
+        needs = None if point is None else point.needs_bytes
+        return NOTHING if needs is None else f"needs {needs / 1e9:.3g} GB"
+    ratio = found.ratio(point)
+    return f"{1e3 * point.median:.3g}" + ("" if ratio is None else f" ({ratio:.2f})")
+
+
+def counted(results: Path) -> str:
+    """What a step would cost on a GPU, by the model."""
+    path = _file(results, MODEL)
+    if path is None:
+        return ""
+    data = json.loads(path.read_text())
+    if (data.get("kind"), data.get("schema")) != (model.KIND, model.SCHEMA):
+        raise ValueError(f"{path}: expected a model of schema {model.SCHEMA}")
+    ours, eager = data["ours"], data["eager"]
+    dtype = data["case"]["dtype"]
+    return _prose(
+        f"`{_without_json(data['command'])}` counts what a step would cost: a roofline of "
+        f"{ours['milliseconds']:.1f} ms and {_bytes(ours['extra_bytes'])} beside the weight gradient, where "
+        f"an eager {dtype} head has {eager['milliseconds']:.0f} ms and {_bytes(eager['extra_bytes'])}.",
+        indent="  ",
+    )
+
+
+def demo(results: Path) -> str:
+    """What the example's full run reached."""
+    path = _file(results, DEMO)
+    if path is None:
+        return ""
+    data = json.loads(path.read_text())
+    reached = data["losses"]["expface"]
+    return _prose(
+        f"`make demo` on {data['cores']} cores: {data['characters']:,} kanji, {data['fonts']} fonts, "
+        f"{data['epochs']} epochs in {reached['seconds']:.0f} s; on {data['test_characters']} other kanji in "
+        f"{data['test_fonts']} other fonts TAR@FAR 1e-3 is {reached['tar']['0.001']:.3f} and rank-1 "
+        f"{reached['rank1']:.3f} (seed {data['seed']}). The whole demo took {data['seconds'] / 60:.1f} "
+        f"minutes ({_link(DEMO)})."
+    )
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "speed": speed,
+    "shared": shared,
+    "memory": memory,
+    "sweep": sweep,
+    "gpu": gpu,
+    "model": counted,
+    "demo": demo,
+}

@@ -1,0 +1,291 @@
+"""A sweep over shapes within a time budget: gate first, then shape by shape seconds and memory of each peer.
+
+The smallest shape comes first. What its steps took tells what larger ones will take, so that a peer which
+would not end in time is left out, with its reason, instead of breaking the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bench import machine, memory, peers
+from bench.budget import CLOCK, Budget, Clock, Costs
+from bench.cases import Case, Inputs
+from bench.gate import check_all, gate_case
+from bench.measure import Step, run_step, time_run
+from bench.peers.base import memory_reason, terms
+from bench.peers.ours import Ours
+from bench.result import Gate
+from bench.show import Progress
+from bench.sweep_result import Axis, Point, Sweep
+
+# Of a shape's time: for the forward's rounds, both directions' rounds, and memory.
+FORWARD_WEIGHT, BACKWARD_WEIGHT, MEMORY_WEIGHT = 1.0, 4.0, 3.0
+# A first step shorter than this part of what is left is followed by another to warm up.
+SHORT = 1 / 40
+# Of the time that follows FLOPs, what is shared out evenly as well: starting processes, compiling.
+EVEN = 1 / 3
+NO_TIME = "no time was left"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A shape, and the peers that are measured there."""
+
+    case: Case
+    peers: tuple[str, ...]
+
+    @property
+    def weight(self) -> float:
+        """FLOPs of the peers that may run."""
+        able = [
+            name for name in self.peers if peers.get(name).why_not(terms(peers.get(name), self.case)) is None
+        ]
+        return float(self.case.flops * max(len(able), 1))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. `directions` holds False for forwards alone, True for forward and backward."""
+
+    stops: tuple[Stop, ...]
+    axes: tuple[Axis, ...]
+    directions: tuple[bool, ...]
+    rounds: int
+    seconds: float
+    """The budget of all, in seconds."""
+    command: str
+
+    @property
+    def peers(self) -> list[str]:
+        """All that are measured somewhere, once each."""
+        return list(dict.fromkeys(name for stop in self.stops for name in stop.peers))
+
+
+@dataclass
+class Run:
+    """A sweep under way. `save` is given what there is after each shape."""
+
+    plan: Plan
+    progress: Progress
+    save: Callable[[Sweep], None] = lambda sweep: None
+    clock: Clock = CLOCK
+    costs: Costs = field(default_factory=Costs)
+    gates: tuple[Gate, ...] = ()
+    points: list[Point] = field(default_factory=list)
+
+    def run(self) -> Sweep:
+        """The whole sweep, or what there was when it was interrupted from the keyboard."""
+        self._machine = machine.describe(self.plan.stops[0].case.device)
+        self._start = self.clock()
+        self._date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self._whole = Budget(self.plan.seconds, self.clock)
+        try:
+            self._gate()
+            self._stops()
+        except KeyboardInterrupt:
+            return self._found(complete=False)
+        return self._found(complete=True)
+
+    def _found(self, *, complete: bool) -> Sweep:
+        return Sweep(
+            axes=self.plan.axes,
+            gates=self.gates,
+            points=tuple(self.points),
+            machine=self._machine,
+            command=self.plan.command,
+            date=self._date,
+            budget_seconds=self.plan.seconds,
+            took_seconds=self.clock() - self._start,
+            complete=complete,
+        )
+
+    def _gate(self) -> None:
+        case = gate_case(self.plan.stops[0].case)
+        able = [
+            name for name in self.plan.peers if peers.get(name).cannot(terms(peers.get(name), case)) is None
+        ]
+        advance = self.progress.task("gate", len(able) * len(self.plan.directions))
+        for backward in self.plan.directions:
+            small = dataclasses.replace(case, backward=backward)
+            self.gates += check_all(able, small, lambda: advance(1))
+
+    def _stops(self) -> None:
+        weights = parts(self.plan.stops)
+        advance = self.progress.task("sweep", sum(weights))
+        for i, stop in enumerate(self.plan.stops):
+            case = stop.case
+            self.progress.note(
+                f"shape {i + 1} of {len(weights)}: B={case.rows:,}, C={case.classes:,}, D={case.features:,}; "
+                f"{self._whole.left:.0f} s of {self.plan.seconds:.0f} s left"
+            )
+            self.points += self._stop(stop, self._whole.share(weights[i], sum(weights[i:])))
+            advance(weights[i])
+            self.save(self._found(complete=False))
+
+    def _stop(self, stop: Stop, budget: Budget) -> list[Point]:
+        """A point of each peer and direction."""
+        points: list[Point] = []
+        weight_left = MEMORY_WEIGHT + sum(map(_weight, self.plan.directions))
+        asked = [self._asked(stop, backward) for backward in self.plan.directions]
+        able = [[point for point in some if point.reason is None and not point.error] for some in asked]
+        inputs = stop.case.inputs() if any(able) else None
+        for some, backward in zip(asked, self.plan.directions, strict=True):
+            share = budget.share(_weight(backward), weight_left)
+            weight_left -= _weight(backward)
+            points += some if inputs is None else self._timed(some, inputs, share)
+        del inputs
+        if stop.case.device == "cuda":
+            torch.cuda.empty_cache()
+        return self._weighed(points, stop.case, budget)
+
+    def _asked(self, stop: Stop, backward: bool) -> list[Point]:
+        """Every peer's point, with a reason where it cannot run this shape."""
+        case = dataclasses.replace(stop.case, backward=backward)
+        right = {gate.peer for gate in self.gates if gate.passed and gate.backward == backward}
+        points = []
+        for name in stop.peers:
+            peer = peers.get(name)
+            own = terms(peer, case)
+            point = Point(name, peer.label(own), own, reason=peer.cannot(own))
+            if point.reason is None and name not in right:
+                point = dataclasses.replace(point, reason="it did not pass the gate")
+            if point.reason is None:
+                needed = peer.needed_bytes(own)
+                reason = memory_reason(needed + held_by_others(name, stop.peers, case), case.device)
+                if reason is not None:
+                    point = dataclasses.replace(point, reason=reason, needs_bytes=needed)
+            points.append(point)
+        return points
+
+    def _timed(self, points: list[Point], inputs: Inputs, budget: Budget) -> list[Point]:
+        """The points with seconds; what would not end within the budget, or fails, says so."""
+        found = {point.peer: point for point in points}
+        steps: dict[str, Step] = {}
+        a_round = 0.0
+        for point in points:
+            if point.reason is not None:
+                continue
+            key = point.peer, point.case.backward
+            step_seconds = self.costs.step(key, point.case.flops)
+            needed = self.costs.once(key) + 2 * step_seconds
+            if needed + a_round > budget.left:
+                reason = (
+                    f"no time was left for a step of about {step_seconds:.1g} s" if step_seconds else NO_TIME
+                )
+                found[point.peer] = dataclasses.replace(point, reason=reason)
+                continue
+            try:
+                steps[point.peer] = self._warmed_up(point, inputs.of(point.case), budget)
+            except Exception as error:  # a peer may raise anything; the others go on
+                found[point.peer] = _failed(point, error)
+                continue
+            a_round += self.costs.step(key, point.case.flops)
+        # Compiling and whatever was not known may have used up this shape's time. One round may take some of
+        # the other shapes', but not most of it.
+        for name in reversed(list(steps)):
+            if a_round > max(budget.left, self._whole.left / 2):
+                own = found[name]
+                a_round -= self.costs.step((name, own.case.backward), own.case.flops)
+                del steps[name]
+                found[name] = dataclasses.replace(own, reason=NO_TIME)
+        if steps:
+            inputs = inputs.of(dataclasses.replace(inputs.case, backward=points[0].case.backward))
+            go_on = lambda: budget.left > a_round  # noqa: E731
+            seconds = time_run(steps, inputs, self.plan.rounds, go_on=go_on, clock=self.clock)
+            for name, values in seconds.items():
+                found[name] = dataclasses.replace(found[name], seconds=tuple(values))
+        inputs.drop_gradients()
+        return list(found.values())
+
+    def _warmed_up(self, point: Point, inputs: Inputs, budget: Budget) -> Step:
+        """A step that has run once or twice; what it took is learnt."""
+        start = self.clock()
+        step = peers.get(point.peer).step(inputs)
+        run_step(step, inputs)
+        first = last = self.clock() - start
+        if peers.get(point.peer).compiles or first < SHORT * budget.left:
+            start = self.clock()
+            run_step(step, inputs)
+            last = self.clock() - start
+        once = first - last if peers.get(point.peer).compiles else 0.0
+        self.costs.learn((point.peer, inputs.case.backward), inputs.case.flops, last, once)
+        return step
+
+    def _weighed(self, points: list[Point], case: Case, budget: Budget) -> list[Point]:
+        """The points with memory, and their roofline, where they have seconds."""
+        if (reason := memory.unavailable(case.device)) is not None:
+            return [_noted(point, reason) for point in points]
+        names = list(dict.fromkeys(point.peer for point in points if point.seconds))
+        with memory.Meter(case, names) as meter:
+            return [self._with_memory(point, meter, budget) for point in points]
+
+    def _with_memory(self, point: Point, meter: memory.Meter, budget: Budget) -> Point:
+        if not point.seconds:
+            return point
+        point = dataclasses.replace(point, roofline_seconds=self._roofline(point))
+        key, peer = (point.peer, point.case.backward, "memory"), peers.get(point.peer)
+        steps = memory.STEPS + peer.compiles
+        step_seconds = max(point.seconds)
+        if self.costs.once(key) + steps * step_seconds > budget.left:
+            return _noted(point, f"its memory: {NO_TIME}")
+        start = self.clock()
+        try:
+            point = dataclasses.replace(point, extra_bytes=meter.extra_bytes(point.peer, point.case))
+        except Exception as error:  # as above
+            point = _failed(point, error)
+        once = self.clock() - start - steps * step_seconds
+        self.costs.learn(key, point.case.flops, step_seconds, once)
+        return point
+
+    def _roofline(self, point: Point) -> float | None:
+        peer = peers.get(point.peer)
+        if point.case.device != "cuda" or not isinstance(peer, Ours) or not point.case.backward:
+            return None
+        from bench import roofline  # needs Triton, which not every system has
+
+        return roofline.seconds(point.case, peer.workspace_bytes, self._machine["gpu"]["card"])
+
+
+def parts(stops: Sequence[Stop]) -> list[float]:
+    """Of each shape, its part of the time: by its FLOPs, and for what does not depend on them an even one."""
+    whole = sum(stop.weight for stop in stops)
+    return [stop.weight / whole + EVEN / len(stops) for stop in stops]
+
+
+def held_by_others(name: str, names: tuple[str, ...], case: Case) -> int:
+    """Bytes that other peers at this shape keep between their steps. All of ours share what they keep."""
+    ours, others = 0, 0
+    for other in names:
+        peer = peers.get(other)
+        own = terms(peer, case)
+        if other == name or peer.why_not(own) is not None:
+            continue
+        if isinstance(peer, Ours):
+            ours = max(ours, peer.held_bytes(own))
+        else:
+            others += peer.held_bytes(own)
+    return others + (0 if isinstance(peers.get(name), Ours) else ours)
+
+
+def _weight(backward: bool) -> float:
+    return BACKWARD_WEIGHT if backward else FORWARD_WEIGHT
+
+
+def _noted(point: Point, reason: str) -> Point:
+    return point if point.reason is not None else dataclasses.replace(point, reason=reason)
+
+
+def _failed(point: Point, error: Exception) -> Point:
+    """Out of memory is a reason, anything else an error."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        if point.case.device == "cuda":
+            torch.cuda.empty_cache()
+        return dataclasses.replace(point, reason="it ran out of memory")
+    return dataclasses.replace(point, error=text)

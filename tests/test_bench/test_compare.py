@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from bench.result import Result
+from bench.sweep_result import Sweep
+from tests.test_bench.made_up import made_up
+from tests.test_bench.test_result import RESULT
+
+SWEEP = made_up()
+
+
+def _written(folder: Path, name: str, result: Result | Sweep) -> str:
+    path = folder / name
+    path.write_text(result.to_json())
+    return str(path)
+
+
+def _slower(sweep: Sweep, peer: str, factor: float, memory: float = 1.0) -> Sweep:
+    def changed(point):  # type: ignore[no-untyped-def]
+        if point.peer != peer:
+            return point
+        return dataclasses.replace(
+            point,
+            seconds=tuple(factor * s for s in point.seconds),
+            extra_bytes=None if point.extra_bytes is None else int(memory * point.extra_bytes),
+        )
+
+    return dataclasses.replace(sweep, points=tuple(map(changed, sweep.points)))
+
+
+@pytest.mark.parametrize(
+    ("factor", "memory", "threshold", "code"),
+    [
+        (1.0, 1.0, "0.1", 0),
+        (1.05, 1.0, "0.1", 0),
+        (1.2, 1.0, "0.1", 1),
+        (1.2, 1.0, "0.3", 0),
+        (0.5, 1.0, "0.1", 0),
+        (1.0, 1.5, "0.1", 1),
+        (1.0, 1.05, "0.1", 0),
+    ],
+)
+def test_only_what_got_worse_beyond_the_threshold_counts(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    factor: float,
+    memory: float,
+    threshold: str,
+    code: int,
+) -> None:
+    before = _written(tmp_path, "a.json", SWEEP)
+    after = _written(tmp_path, "b.json", _slower(SWEEP, "ours", factor, memory))
+    assert main(["compare", before, after, "--threshold", threshold]) == code
+    out = capsys.readouterr().out
+    assert ("REGRESSION: ours" in out) == bool(code)
+    assert "REGRESSION: eager" not in out
+
+
+def test_single_cases_compare_too_and_a_wrong_answer_is_a_regression(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = tuple(dataclasses.replace(gate, passed=gate.peer != "ours") for gate in RESULT.gates)
+    before = _written(tmp_path, "a.json", RESULT)
+    assert main(["compare", before, before]) == 0
+    assert (
+        main(["compare", before, _written(tmp_path, "b.json", dataclasses.replace(RESULT, gates=wrong))]) == 1
+    )
+    assert "ours: its answer is wrong now" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_shown_and_no_regression(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fewer = dataclasses.replace(SWEEP, points=tuple(p for p in SWEEP.points if p.peer != "eager"))
+    assert main(["compare", _written(tmp_path, "a.json", SWEEP), _written(tmp_path, "b.json", fewer)]) == 0
+    assert "missing" in capsys.readouterr().out
+
+
+def test_two_machines_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = dataclasses.replace(SWEEP, machine=SWEEP.machine | {"cpu": "Another"})
+    assert main(["compare", _written(tmp_path, "a.json", SWEEP), _written(tmp_path, "b.json", other)]) == 0
+    assert "two machines: cpu A processor against Another" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (None, "No such file"),
+        ("no json", "Expecting value"),
+        ("[1]", "expected a JSON object"),
+        ("{}", "schema: expected"),
+        (json.dumps({"kind": "sweep", "schema": 99}), "schema: expected sweep 1, got sweep 99"),
+        (json.dumps({"schema": 99}), "schema: expected 1, got 99"),
+        (json.dumps({"kind": "sweep", "schema": 1}), "not a result"),
+        (json.dumps({"schema": 1}), "not a result"),
+        (RESULT.to_json(), "one kind"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_another_file_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, named: str, first: bool
+) -> None:
+    good, bad = _written(tmp_path, "good.json", SWEEP), tmp_path / "bad.json"
+    if text is not None:
+        bad.write_text(text)
+    files = [str(bad), good] if first else [good, str(bad)]
+    assert main(["compare", *files]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("bench: ")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+def test_files_without_a_common_case_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forward, both = made_up(directions=(False,)), made_up(directions=(True,))
+    assert main(["compare", _written(tmp_path, "a.json", forward), _written(tmp_path, "b.json", both)]) == 2
+    assert "in common" in capsys.readouterr().err
+
+
+def test_a_threshold_below_0_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _written(tmp_path, "a.json", SWEEP)
+    assert main(["compare", path, path, "--threshold", "-0.1"]) == 2
+    assert "threshold: expected at least 0" in capsys.readouterr().err

@@ -1,0 +1,278 @@
+"""What peers declare, and that those of libraries which only run on a GPU call them rightly.
+
+B rows · C classes · D features
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import cuda, machine, peers
+from bench.cases import DEVICES, MARGINS, Case
+from bench.gate import check_all
+from bench.peers import base, liger
+from bench.peers.base import NO_MARGIN, autocast, terms
+from expface_kernels.margins import TARGET_GRADIENTS
+
+CASE = Case(rows=16, classes=100, features=32)
+HALF = dataclasses.replace(CASE, autocast="bfloat16")
+HUGE = Case(rows=1000, classes=10**12, features=4)
+LIBRARIES = ("pml_arcface", "pml_cosface", "torch_linear", "torch_linear_chunked")
+SAMPLING = ("ours_sampled", "partial_fc")
+GPU_PEERS = {"cce": "cut-cross-entropy", "cce_exact": "cut-cross-entropy", "liger": "liger-kernel"}
+
+
+@pytest.mark.parametrize("name", [*peers.names(), "ours@0"])
+def test_every_peer_declares_what_it_can_do_and_says_so(name: str) -> None:
+    peer = peers.get(name)
+    assert peer.name == name
+    assert set(peer.devices) <= {"cpu", "cuda"}
+    assert set(peer.margins) <= set(MARGINS)
+    assert set(peer.gradients) <= set(TARGET_GRADIENTS)
+    for gradient in TARGET_GRADIENTS:
+        label = peer.label(dataclasses.replace(CASE, target_gradient=gradient))
+        if peer.margins == NO_MARGIN:
+            assert "no margin" in label
+        else:
+            assert (gradient if gradient in peer.gradients else peer.gradients[0]) in label
+
+
+def test_terms_keep_what_a_peer_can_do_and_change_the_rest() -> None:
+    case = dataclasses.replace(CASE, margin="arcface", target_gradient="detached")
+    assert terms(peers.get("eager"), case) == case
+    own = terms(peers.get("pml_arcface"), case)
+    assert (own.margin, own.target_gradient) == ("arcface", "exact")
+    assert terms(peers.get("pml_cosface"), case).margin == "cosface"
+    assert terms(peers.get("torch_linear"), case) == dataclasses.replace(case, margin="normface")
+
+
+@pytest.mark.parametrize("margin", ["expface", "normface"])
+@pytest.mark.parametrize("target_gradient", TARGET_GRADIENTS)
+def test_libraries_agree_with_truth_in_their_own_terms(margin: str, target_gradient: str) -> None:
+    case = dataclasses.replace(CASE, margin=margin, target_gradient=target_gradient)
+    able = [name for name in LIBRARIES if peers.get(name).why_not(case) is None]
+    assert "torch_linear" in able
+    for gate in check_all(able, case):
+        assert gate.passed, gate
+        assert len(gate.errors) == 3
+
+
+@pytest.mark.parametrize("name", [*LIBRARIES, *SAMPLING, "ours", "eager"])
+def test_a_forward_alone_makes_no_gradient_and_its_loss_is_right(name: str) -> None:
+    case = dataclasses.replace(CASE, backward=False)
+    (gate,) = check_all([name], case)
+    assert gate.passed, gate
+    assert len(gate.errors) == 1
+    inputs = case.inputs()
+    loss = peers.get(name).step(inputs.of(terms(peers.get(name), case)))()
+    assert not loss.requires_grad
+    assert inputs.x.grad is None
+    assert inputs.w.grad is None
+
+
+@pytest.mark.parametrize("target_gradient", TARGET_GRADIENTS)
+@pytest.mark.parametrize("name", SAMPLING)
+def test_sampling_peers_agree_with_the_truth_of_the_sample(name: str, target_gradient: str) -> None:
+    case = Case(rows=8, classes=400, features=32, target_gradient=target_gradient)
+    (gate,) = check_all([name], case)
+    assert gate.passed, gate
+    assert "10%" in gate.label
+    assert peers.baseline(name) == "partial_fc"
+    own = terms(peers.get(name), case)
+    assert own.taking_part == 40
+    inputs = case.inputs()
+    subset = inputs.of(own).subset()
+    assert subset is not None
+    peers.get(name).step(inputs.of(own))()
+    assert inputs.w.grad is not None
+    assert torch.equal(inputs.w.grad.abs().sum(1).nonzero()[:, 0], subset)
+
+
+def test_a_sample_holds_the_labels_is_sorted_and_the_same_again() -> None:
+    case = Case(rows=30, classes=200, features=4, sample_rate=0.2)
+    first, again = case.inputs(), case.inputs()
+    subset, same = first.subset(), again.subset()
+    assert subset is not None
+    assert same is not None
+    assert torch.equal(subset, same)
+    assert subset.shape == (40,)
+    assert torch.equal(subset.unique(), subset)
+    assert torch.isin(first.labels, subset).all()
+    assert dataclasses.replace(case, sample_rate=0.01).taking_part == 30
+    assert CASE.inputs().subset() is None
+
+
+def test_eager_holds_under_autocast_because_its_logits_are_float32() -> None:
+    eager, ours = check_all(["eager", "ours"], HALF)
+    assert eager.limit == 1e-2
+    assert eager.passed, eager
+    assert max(eager.errors[1:]) > 1e-3  # the product was in 16 bit
+    assert ours.passed
+
+
+def test_the_margin_of_a_library_is_that_of_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = peers.get("pml_arcface")
+    monkeypatch.setattr(peer, "margins", ("cosface",))
+    (gate,) = check_all(["pml_arcface"], CASE)
+    assert not gate.passed
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name, package in {**GPU_PEERS, "pml_arcface": "pytorch-metric-learning"}.items():
+        assert peers.get(name).why_not(HALF) == f"{package} is not installed"
+        assert package in peers.get(name).label(HALF)
+
+
+def test_an_older_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(F, "linear_cross_entropy")
+    assert "2.13" in str(peers.get("torch_linear").why_not(CASE))
+
+
+def test_every_peer_that_runs_here_says_what_it_would_need() -> None:
+    for name in [*peers.PEERS, "ours@0"]:
+        if peers.get(name).why_not(CASE) is None:
+            assert "GB" in str(peers.get(name).why_not(HUGE))
+
+
+def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "available_bytes", lambda: 10 * 10**9)
+    monkeypatch.setattr(machine, "proc_bytes", lambda path, field: 10**15)
+    eager = peers.get("eager")
+    case = Case(1024, 1_000_000, 512, device="cuda", autocast="bfloat16")
+    assert "of the 10 GB" in str(eager.why_not(case))
+    assert eager.why_not(dataclasses.replace(case, classes=100_000)) is None
+    assert eager.why_not(dataclasses.replace(case, device="cpu")) is None
+    monkeypatch.setattr(cuda, "unavailable", lambda: "there is no GPU")
+    assert eager.why_not(case) == "there is no GPU"
+
+
+def test_autocast_stands_around_the_forward_alone() -> None:
+    seen = []
+
+    def forward() -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        leaf = torch.ones((), requires_grad=True)
+        leaf.register_hook(lambda g: seen.append(torch.is_autocast_enabled("cpu")))
+        return leaf * 2
+
+    base.step_of(HALF, forward)()
+    assert seen == [True, False]
+    with autocast(CASE):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def _module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
+    """A library that is not here, by what the peer calls of it."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        made = ModuleType(".".join(parts[:i]))
+        made.__spec__ = ModuleSpec(made.__name__, None)
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+    for attribute, value in contents.items():
+        setattr(sys.modules[name], attribute, value)
+
+
+def _everywhere(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(type(peers.get(name)), "devices", DEVICES)
+
+
+def _loss(rows: Tensor, centres: Tensor, labels: Tensor) -> Tensor:
+    assert rows.dtype == centres.dtype == torch.bfloat16
+    return F.cross_entropy(rows.float() @ centres.float().T, labels)
+
+
+@pytest.mark.parametrize("name", ["cce", "cce_exact"])
+def test_cut_cross_entropy_is_fed_normalised_16_bit_operands(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def linear_cross_entropy(e: Tensor, c: Tensor, targets: Tensor, impl: str) -> Tensor:
+        asked.append(impl)
+        return _loss(e, c, targets)
+
+    _module(monkeypatch, "cut_cross_entropy", linear_cross_entropy=linear_cross_entropy)
+    assert peers.get(name).why_not(HALF) == "it runs on a GPU only"
+    _everywhere(monkeypatch, name)
+    assert "float32" in str(peers.get(name).why_not(CASE))
+    assert peers.get(name).why_not(HALF) is None
+    (gate,) = check_all([name], HALF)
+    assert gate.passed, gate
+    assert asked == [name]
+    assert name in gate.label
+
+
+class OldLiger(torch.autograd.Function):
+    """As releases without a chunk's budget have it: both gradients are formed in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, _input: Tensor, weight: Tensor, target: Tensor, bias: Any = None, reduction: str = "mean"
+    ) -> Tensor:
+        assert (bias, reduction) == (None, "mean")
+        rows, centres = (t.detach().requires_grad_() for t in (_input, weight))
+        with torch.enable_grad():
+            loss = _loss(rows, centres, target)
+        ctx.save_for_backward(*torch.autograd.grad(loss, (rows, centres)))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        dx, dw = ctx.saved_tensors
+        return g * dx, g * dw, None, None, None
+
+
+class NewLiger(OldLiger):
+    """As later ones: more arguments, more results."""
+
+    factor = None
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, _input: Tensor, weight: Tensor, target: Tensor, accum_dtype: Any = None,
+        chunk_mem_const: int = 1,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        assert accum_dtype == torch.float32
+        NewLiger.factor = chunk_mem_const
+        return OldLiger.forward(ctx, _input, weight, target), None
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *none: Any) -> tuple[Any, ...]:
+        return OldLiger.backward(ctx, g)
+
+
+@pytest.mark.parametrize("function", [OldLiger, NewLiger])
+def test_liger_is_called_by_the_names_that_its_release_has(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _module(monkeypatch, liger.MODULE, **{liger.FUNCTION: function})
+    _everywhere(monkeypatch, "liger")
+    assert peers.get("liger").why_not(HALF) is None
+    (gate,) = check_all(["liger"], HALF)
+    assert gate.passed, gate
+    if function is NewLiger:
+        assert NewLiger.factor == liger.budget_factor(HALF) > 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "factor", "chunk"),
+    [
+        (1024, 1_000_000, 1, 1),  # 1954 parts
+        (4096, 100_000, 1, 32),  # 196 parts of 20.9 rows
+        (1024, 1_000_000, 512, 256),  # 4 parts
+        (16, 100, 1, 16),
+    ],
+)
+def test_rows_of_a_chunk_follow_ligers_rule(rows: int, classes: int, factor: int, chunk: int) -> None:
+    assert liger.chunk_rows(Case(rows, classes, 512), factor) == chunk

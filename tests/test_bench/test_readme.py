@@ -1,0 +1,105 @@
+"""README's numbers are those of bench/results, and there are no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import readme
+from bench.__main__ import main
+from bench.cases import MEMORY, TOY
+from tests.test_bench.made_up import made_up
+from tests.test_bench.test_result import RESULT
+
+TEXT = readme.README.read_text()
+# A measured number has one of these units; sizes of options are in MiB.
+MEASURED = re.compile(r"\d[\d.,]*\s?(?:s|ms|seconds|minutes|min|MB|GB|GFLOP/s|×|x|times)(?![\w-])")
+
+
+def test_readme_agrees_with_the_results() -> None:
+    assert readme.rendered(TEXT) == TEXT, "run `make readme-tables`"
+    assert main(["readme", "--check"]) == 0
+
+
+def test_every_block_is_in_readme_once() -> None:
+    names = re.findall(r"<!-- bench: ([\w-]+) -->", TEXT)
+    assert sorted(names) == sorted(readme.BLOCKS)
+    assert TEXT.count("<!-- /bench -->") == len(names)
+
+
+def test_no_measured_number_stands_outside_the_blocks() -> None:
+    assert MEASURED.findall(readme.outside(TEXT)) == []
+    # Or the test above would pass on any text.
+    for typed in ("took 2.5 s", "4 minutes", "3.1× as fast", "124 MB", "2.97 times"):
+        assert MEASURED.findall(typed), typed
+
+
+@pytest.mark.parametrize("old", ["0.86", "124 MB", "2.97"])
+def test_a_number_that_was_changed_by_hand_is_noticed(old: str) -> None:
+    assert old in TEXT
+    changed = TEXT.replace(old, "7.77")
+    assert readme.rendered(changed) != changed
+    assert readme.rendered(changed) == TEXT
+
+
+def test_check_says_so_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("<!-- bench: speed -->\nold\n<!-- /bench -->\n")
+    monkeypatch.setattr(readme, "README", path)
+    assert main(["readme", "--check"]) == 1
+    assert "make readme-tables" in capsys.readouterr().err
+    assert "old" in path.read_text()
+    assert main(["readme"]) == 0
+    assert "old" not in path.read_text()
+    assert main(["readme", "--check"]) == 0
+    path.write_text("<!-- bench: nothing -->\n<!-- /bench -->\n")
+    assert main(["readme"]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def _results(folder: Path) -> Path:
+    """A file of each kind, with made-up numbers."""
+    case = dataclasses.replace(MEMORY, classes=1_000_000)
+    entries = [dataclasses.replace(entry, case=case if entry.case != TOY else TOY) for entry in RESULT.memory]
+    single = dataclasses.replace(RESULT, memory=tuple(entries))
+    (folder / readme.MAIN).write_text(single.to_json())
+    (folder / readme.SHARED).write_text(single.to_json())
+    sweep = made_up()
+    (folder / readme.SWEEP).write_text(sweep.to_json())
+    card = sweep.machine | {"gpu": {"card": "NVIDIA Test"}}
+    (folder / "gpu-test.json").write_text(dataclasses.replace(sweep, machine=card).to_json())
+    figures = {
+        "seconds": 225.0, "cores": 2, "seed": 0, "epochs": 8, "characters": 2200, "fonts": 20,
+        "test_characters": 500, "test_fonts": 8,
+        "losses": {"expface": {"seconds": 174.4, "tar": {"0.001": 0.7804}, "rank1": 0.8617}},
+    }  # fmt: skip
+    (folder / readme.DEMO).write_text(json.dumps(figures))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("block", "parts"),
+    [
+        ("speed", ["| **this package** (exact) |", "| 4.50, 3.00 |", "run 2"]),
+        ("shared", ["**this package** 4.50 and 3.00"]),
+        ("memory", ["C = 1,000,000", "| 4 |", "not measured"]),
+        ("sweep", ["classes-seconds.png", "C^1.00", "4.0 bytes a class", "python -m bench sweep --quick`"]),
+        ("gpu", ["NVIDIA Test", "(3.00)"]),
+        ("demo", ["174 s", "0.780", "0.862", "3.8 minutes"]),
+    ],
+)
+def test_blocks_hold_the_numbers_of_their_files(tmp_path: Path, block: str, parts: list[str]) -> None:
+    found = readme.BLOCKS[block](_results(tmp_path))
+    for part in parts:
+        assert part in found, part
+
+
+def test_a_block_without_its_file_is_empty(tmp_path: Path) -> None:
+    for name in readme.BLOCKS:
+        assert readme.BLOCKS[name](tmp_path) == ""
