@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from expface_kernels.analysis.curves import Description, Interval, Peak, describe
+from expface_kernels.analysis.curves import Description, Interval, Peak, describe, label
 from expface_kernels.margin_spec import FORMS, MARGINS, margin_argument
 from expface_kernels.margins import MarginFunction
 
@@ -78,7 +78,7 @@ def _described(margin: MarginFunction) -> Description:
         return describe(margin)
     except Exception as error:  # a user's margin may raise anything
         text = str(error).removeprefix("margin: ")
-        raise ValueError(f"--margin {margin!r}: {text or type(error).__name__}") from error
+        raise ValueError(f"--margin {label(margin)}: {text or type(error).__name__}") from error
 
 
 def _table(descriptions: Sequence[Description]) -> Table:

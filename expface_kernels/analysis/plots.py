@@ -127,7 +127,7 @@ def distribution_figure(angles: AngleCounts, margins: Sequence[MarginFunction]) 
         ylim=(0, 180),
     )
     _angle_axis(axes)
-    axes.legend(fontsize=8)
+    axes.legend(loc="upper left", fontsize=8)
     return figure
 
 
@@ -138,7 +138,7 @@ def _draw_lines(
     for i, margin in enumerate(margins):
         style = STYLES[i % len(STYLES)]
         x, y = torch.rad2deg(theta).numpy(), values(margin, theta).numpy()
-        axes.plot(x, y, style, color=f"C{i % 10}", label=repr(margin))
+        axes.plot(x, y, style, color=f"C{i % 10}", label=curves.label(margin))
 
 
 def _angle_axis(axes: Axes) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expface_kernels import ArcFace, CombinedMargin, CosFace, ExpFace, NormFace, SphereFace
 from expface_kernels.analysis import describe
-from expface_kernels.analysis.curves import Interval
+from expface_kernels.analysis.curves import Interval, label
 from expface_kernels.margins import MarginFunction
 from tests.cases import MARGINS
 from tests.tolerances import CURVE
@@ -115,6 +115,16 @@ def test_the_combined_margin_of_arcfaces_numbers_is_arcface() -> None:
     assert ours.pop("margin") == "CombinedMargin(m1=1.0, m2=0.5, m3=0.0)"
     assert arcface.pop("margin") == "ArcFace(m=0.5, boundary='none')"
     assert ours == arcface
+
+
+def test_functions_are_called_by_name_and_modules_by_one_line() -> None:
+    def mine(theta: Tensor) -> Tensor:
+        return torch.cos(theta)
+
+    assert describe(mine).margin == "mine"
+    assert describe(torch.cos).margin == "cos"
+    nested = torch.nn.Sequential(torch.nn.Identity())
+    assert label(nested) == "Sequential( (0): Identity() )"
 
 
 def test_a_flat_stretch_neither_falls_nor_rises() -> None:

@@ -58,7 +58,7 @@ class Description:
     """What `describe` finds; all angles in radians."""
 
     margin: str
-    """Its repr."""
+    """What it is called: a function's name, else its repr."""
     falls: tuple[Interval, ...]
     """Where psi strictly decreases: the domain of monotonicity. One interval (0, π) is what one wants."""
     rises: tuple[Interval, ...]
@@ -111,7 +111,7 @@ def describe(margin: MarginFunction) -> Description:
     grid = torch.unique(torch.cat([grid, grid.new_tensor(sides)]))
     falls, rises, turns = _monotonicity(margin, grid, jumps)
     return Description(
-        margin=repr(margin),
+        margin=functions.label(margin),
         falls=falls,
         rises=rises,
         jumps=tuple(Jump(high, size) for _, high, size in jumps),

@@ -19,6 +19,12 @@ from expface_kernels.margins import MarginFunction, target_similarity
 ROUNDING = 1e-12
 
 
+def label(margin: MarginFunction) -> str:
+    """What to call a margin in a table or a legend: a function's name, else its repr in one line."""
+    name = getattr(margin, "__name__", None)
+    return name if isinstance(name, str) else " ".join(repr(margin).split())
+
+
 def similarity(margin: MarginFunction, theta: Tensor) -> Tensor:
     """psi(theta) (N,) float64: what takes the place of cos θ in the target's logit.
 
