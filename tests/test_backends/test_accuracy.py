@@ -144,7 +144,7 @@ def test_three_classes_with_every_row_opposite_all_of_them(scale: float, backend
 
 @pytest.mark.parametrize("scale", fewer_interpreted(SCALES, 64.0))
 @pytest.mark.parametrize("kind", ROW_BY_ROW)
-@pytest.mark.parametrize("features", [32, 512])
+@pytest.mark.parametrize("features", fewer_interpreted((32, 512), 32))
 def test_rows_at_their_centre_its_opposite_and_learnt_hold_row_by_row(
     features: int, kind: str, scale: float, backend: str
 ) -> None:
