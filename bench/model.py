@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bench import machine
@@ -22,14 +20,11 @@ from bench.cases import Case
 from bench.peers.eager import margin_loss
 from expface_kernels.backends.triton import costs
 from expface_kernels.backends.triton.recording import Case as Launches
+from expface_kernels.tally import PeakMemory, traffic
 
 DTYPES = ("bfloat16", "float16", "float32")
 KIND, SCHEMA = "model", 1
 """What the JSON says it is, and the version of its fields."""
-_aten = torch.ops.aten
-_ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.new_empty_strided}
-_GATHERS = {_aten.index}
-_SCATTERS = {_aten.index_put_, _aten._index_put_impl_}
 
 
 class Operators(TorchDispatchMode):
@@ -48,31 +43,12 @@ class Operators(TorchDispatchMode):
         return out
 
 
-def traffic(func: Any, args: Any, out: Any) -> int:
-    """Bytes that one operator reads and writes."""
-    packet, returns = func.overloadpacket, func._schema.returns
-    view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    if view or packet in _ALLOCATIONS:
-        return 0
-    if packet in _GATHERS:
-        return 2 * _bytes(out) + _bytes(args[1])
-    if packet in _SCATTERS:
-        return 2 * _bytes(args[2]) + _bytes(args[1])
-    return _bytes(args) + _bytes(out)
-
-
-def _bytes(tensors: Any) -> int:
-    """Of all tensors in there; what is expanded lies in memory once."""
-    found = [t for t in tree_leaves(tensors) if isinstance(t, Tensor)]
-    return sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in found)
-
-
 def eager_costs(case: Case, dtype: torch.dtype) -> costs.Costs:
     """The eager head's forward and backward with inputs, logits and gradients in `dtype`."""
     x = torch.empty(case.rows, case.features, dtype=dtype, device="meta", requires_grad=True)
     w = torch.empty(case.classes, case.features, dtype=dtype, device="meta", requires_grad=True)
     labels = torch.empty(case.rows, dtype=torch.int64, device="meta")
-    memory, operators = costs.PeakMemory(), Operators()
+    memory, operators = PeakMemory(), Operators()
     with memory, operators:
         margin_loss(x, w, labels, case.margin_function(), case.scale, case.target_gradient).backward()
     return costs.Costs(tuple(operators.steps), memory.peak, w.nbytes)

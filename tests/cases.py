@@ -1,16 +1,13 @@
-"""Inputs that tests share: batches by what is hard about them, margins, shapes, scales; the plain textbook.
+"""Inputs that tests share: margins, shapes, scales; batches and yardsticks are `expface_kernels.testing`'s.
 
-B rows · C classes · D features · x (B, D) embeddings · w (C, D) class centres · y (B,) int64 labels
-Values are float64 but exactly representable in float32, so the truth is taken at what a kernel sees.
+B rows · C classes · D features · x (B, D) embeddings · w (C, D) class centres
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from expface_kernels import (
@@ -21,10 +18,11 @@ from expface_kernels import (
     NormFace,
     SphereFace,
     margin_cross_entropy,
-    reference,
 )
 from expface_kernels.backends import triton
-from expface_kernels.margins import MarginFunction, target_similarity
+from expface_kernels.margins import MarginFunction
+from expface_kernels.testing.batches import KINDS, batch  # noqa: F401
+from expface_kernels.testing.yardsticks import eager, leaves, textbook_loss, truth  # noqa: F401
 
 # Triton's interpreter takes CPU tensors, slowly; `make test-triton` sets TRITON_INTERPRET=1, and then the
 # tests of every backend run over its backend alone. Where there is a GPU they run over it as well.
@@ -77,87 +75,13 @@ SHAPES: tuple[tuple[int, int, int], ...] = (
 BIG = (257, 1031, 512)
 SMALL_SHAPES = tuple(shape for shape in SHAPES if shape != BIG)
 
-KINDS = ("random", "near_centre", "opposite", "learnt", "mixed", "wrong_class")
 
-INIT_STD = 0.01
-LEARNT_ANGLE = math.radians(35)
-# Distances, in radians, from the centre or its opposite; rows take them in turn.
-NEAR_ANGLES = (0.0, 1e-3, 1e-6, 3e-4, 1e-5)
-
-
-def gen(batch: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
+def gen(rows: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
     """x (B, D) and w (C, D), float64, from sines: the same on every machine and in every language."""
-    i = torch.arange(batch, dtype=torch.float64)[:, None]
+    i = torch.arange(rows, dtype=torch.float64)[:, None]
     j = torch.arange(classes, dtype=torch.float64)[:, None]
     d = torch.arange(dim, dtype=torch.float64)
     return torch.sin(0.7 * i + 1.3 * d + 0.1), torch.cos(0.9 * j + 0.37 * d**2 + 0.2)
-
-
-def batch(kind: str, rows: int, classes: int, features: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, w, y), float64 holding float32 values. kind is one of KINDS, or "flat" (which has 3 classes).
-
-    "random": centres ~ N(0, 0.01²), rows anywhere. "near_centre", "opposite": rows at, and up to 1e-3 rad
-    from, their centre or its antipode. "learnt": every row at 35 degrees from its centre. "mixed": all of
-    these in turn. "wrong_class": every row lies on another class's centre. "flat": three centres that nearly
-    agree, every row opposite to all of them: every logit is near −s, and exp(−128) is no float32.
-    """
-    g = torch.Generator().manual_seed(seed)
-    w = _normal((classes, features), g) * INIT_STD
-    y = torch.randint(classes, (rows,), generator=g)
-    if kind == "flat":
-        assert classes == 3, "flat has 3 classes"
-        w = _normal((1, features), g) * INIT_STD + 0.05 * w
-    w = w.float().double()
-    toward, away = _unit(w[y]), _unit(w[(y + 1) % classes])
-    sideways = _unit_tangents(toward, g)
-    lengths = torch.exp(_normal((rows, 1), g) * 0.5) * 3  # an embedding's norm carries no meaning
-    turn = torch.arange(rows)
-    near = torch.tensor(NEAR_ANGLES, dtype=torch.float64)[turn % len(NEAR_ANGLES)][:, None]
-    made = {
-        "random": _unit(_normal((rows, features), g)),
-        "near_centre": _rotated(toward, sideways, near),
-        "opposite": -_rotated(toward, sideways, near),
-        "learnt": _rotated(toward, sideways, torch.full((rows, 1), LEARNT_ANGLE, dtype=torch.float64)),
-        "wrong_class": away,
-        "flat": -_rotated(toward, sideways, near),
-    }
-    order = ("random", "near_centre", "opposite", "learnt", "wrong_class")
-    made["mixed"] = torch.stack([made[name] for name in order])[turn % len(order), turn]
-    x = made[kind] * lengths
-    if kind in ("near_centre", "opposite"):
-        # The first rows of each exactly on the axis, which a scaled unit vector misses by a rounding.
-        exact = turn % len(NEAR_ANGLES) == 0
-        sign = 1.0 if kind == "near_centre" else -1.0
-        x = torch.where(exact[:, None], 256 * sign * w[y], x)
-    return x.float().double(), w, y
-
-
-def _normal(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=g, dtype=torch.float64)
-
-
-def _unit(v: Tensor) -> Tensor:
-    return v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
-
-
-def _unit_tangents(at: Tensor, g: torch.Generator) -> Tensor:
-    """(B, D) random unit vectors orthogonal to the rows of `at`; 0 where D = 1 leaves none."""
-    if at.shape[1] == 1:
-        return torch.zeros_like(at)
-    v = _normal(tuple(at.shape), g)
-    return _unit(v - (v * at).sum(1, keepdim=True) * at)
-
-
-def _rotated(at: Tensor, sideways: Tensor, angle: Tensor) -> Tensor:
-    return torch.cos(angle) * at + torch.sin(angle) * sideways
-
-
-def leaves(x: Tensor, w: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Fresh leaf copies of x and w in `dtype` that want gradients."""
-    return (
-        x.detach().to(dtype, copy=True).requires_grad_(),
-        w.detach().to(dtype, copy=True).requires_grad_(),
-    )
 
 
 def device_of(backend: str) -> str:
@@ -183,44 +107,3 @@ def loss_on(
     )
     assert isinstance(loss, Tensor)
     return loss.cpu()
-
-
-def truth(
-    x: Tensor, w: Tensor, y: Tensor, margin: MarginFunction | None = None, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dx, dw) of the float64 reference, at the values that x and w store."""
-    x, w = leaves(x, w, torch.float64)
-    loss = reference.margin_cross_entropy(x, w, y, margin, **options)
-    loss.sum().backward()
-    return loss.detach(), x.grad, w.grad
-
-
-def textbook_loss(
-    x: Tensor,
-    w: Tensor,
-    y: Tensor,
-    margin: MarginFunction,
-    *,
-    scale: float = 64.0,
-    reduction: str = "mean",
-    target_gradient: str = "exact",
-) -> Tensor:
-    """What everyone writes first, in x's dtype: normalise, cosines, arccos, margin, F.cross_entropy.
-
-    Shares nothing with the package but the margin. Finite only away from cos θ = ±1.
-    """
-    cos = F.normalize(x) @ F.normalize(w).T
-    rows = torch.arange(x.shape[0])
-    theta = torch.arccos(cos[rows, y])
-    logits = cos.index_put((rows, y), target_similarity(margin, theta, target_gradient))
-    return F.cross_entropy(scale * logits, y, reduction=reduction)
-
-
-def eager(
-    x: Tensor, w: Tensor, y: Tensor, margin: MarginFunction, *, dtype: torch.dtype, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dx, dw) of the textbook in `dtype`: the yardstick of tolerances.assert_close."""
-    x, w = leaves(x, w, dtype)
-    loss = textbook_loss(x, w, y, margin, **options)
-    loss.sum().backward()
-    return loss.detach(), x.grad, w.grad

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expface_kernels.analysis import AngularMonitor, LabelNoiseRanker, cli, plots
-from expface_kernels.analysis.__main__ import main
+from expface_kernels.__main__ import main
 from tests.test_package import ROOT
 
 PAGE = ROOT / "docs" / "curves.md"

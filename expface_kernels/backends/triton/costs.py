@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from expface_kernels.backends.triton import calls
 from expface_kernels.backends.triton.recording import Case
+from expface_kernels.tally import PeakMemory
 
 
 @dataclass(frozen=True)
@@ -204,38 +203,6 @@ class Recorder:
         step.written += traffic[2]
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are alive, and their largest sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {id_of(t) for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor) and id_of(tensor) not in inputs | self.alive.keys():
-                self._born(tensor)
-        return out
-
-    def _born(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = id_of(tensor)
-        self.alive[key] = storage.nbytes()
-        self.now += self.alive[key]
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._died, key)
-
-    def _died(self, key: int) -> None:
-        self.now -= self.alive.pop(key, 0)
-
-
-def id_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 @dataclass(frozen=True)
 class Costs:
     """A step's launches, and the bytes it holds at most beside x, w and y; dw is part of them."""
@@ -244,6 +211,8 @@ class Costs:
     peak: int
     gradient: int
     """Bytes of dw."""
+    forward_peak: int = 0
+    """The most of them before the backward; 0 where that was not looked at."""
 
     @property
     def flops(self) -> int:
@@ -265,13 +234,14 @@ class Costs:
 def costs(case: Case, arch: str) -> Costs:
     """Costs of one forward and backward of the op."""
     recorder, memory = Recorder(), PeakMemory()
+    forward: list[int] = []
     with calls.watched(recorder.launch, recorder.product), memory:
-        case.run(arch)
+        case.run(arch, between=lambda: forward.append(memory.peak))
     gradient = case.classes * case.features * case.w_dtype.itemsize
     inputs = gradient + case.rows * (case.features * case.x_dtype.itemsize + 8)
     inputs += 8 * case.classes if case.subset else 0
     # case.run makes its inputs under the same mode.
-    return Costs(tuple(recorder.steps.values()), memory.peak - inputs, gradient)
+    return Costs(tuple(recorder.steps.values()), memory.peak - inputs, gradient, forward[0] - inputs)
 
 
 def report(result: Costs, name: str) -> str:

@@ -1,0 +1,78 @@
+"""What a result is held against: the float64 truth, and the textbook in the result's own dtype.
+
+B rows · C classes · D features · x (B, D) embeddings · w (C, D) class centres · y (B,) int64 labels
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expface_kernels import reference
+from expface_kernels.margins import MarginFunction, target_similarity
+
+Results = tuple[Tensor, Tensor, Tensor]
+"""Loss, dx (B, D), dw (C, D)."""
+
+
+def leaves(x: Tensor, w: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Fresh leaf copies of x and w in `dtype` that want gradients."""
+    return (
+        x.detach().to(dtype, copy=True).requires_grad_(),
+        w.detach().to(dtype, copy=True).requires_grad_(),
+    )
+
+
+def backward(loss: Tensor, x: Tensor, w: Tensor, factor: float = 1.0) -> Results:
+    """The loss, and factor times the gradients of its sum, from a loss over the leaves x and w."""
+    (factor * loss.sum()).backward()
+    assert x.grad is not None
+    assert w.grad is not None
+    return loss.detach(), x.grad, w.grad
+
+
+def truth(x: Tensor, w: Tensor, y: Tensor, margin: MarginFunction | None = None, **options: Any) -> Results:
+    """(loss, dx, dw) of the float64 reference, at the values that x and w store."""
+    x, w = leaves(x, w, torch.float64)
+    loss = reference.margin_cross_entropy(x, w, y, margin, **options)
+    assert isinstance(loss, Tensor)
+    return backward(loss, x, w)
+
+
+def textbook_loss(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    margin: MarginFunction,
+    *,
+    scale: float = 64.0,
+    reduction: str = "mean",
+    target_gradient: str = "exact",
+) -> Tensor:
+    """What everyone writes first, in x's dtype: normalise, cosines, arccos, margin, F.cross_entropy.
+
+    Shares nothing with the package but the margin. Finite only away from cos θ = ±1.
+    """
+    cos = F.normalize(x) @ F.normalize(w).T
+    rows = torch.arange(x.shape[0], device=x.device)
+    theta = torch.arccos(cos[rows, y])
+    psi = target_similarity(margin, theta, target_gradient).to(cos.dtype)
+    return F.cross_entropy(scale * cos.index_put((rows, y), psi), y, reduction=reduction)
+
+
+def eager(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    margin: MarginFunction,
+    *,
+    dtype: torch.dtype,
+    factor: float = 1.0,
+    **options: Any,
+) -> Results:
+    """(loss, dx, dw) of the textbook in `dtype`: the yardstick of `policy.assert_close`."""
+    x, w = leaves(x, w, dtype)
+    return backward(textbook_loss(x, w, y, margin, **options), x, w, factor)

@@ -1,0 +1,95 @@
+"""The fewest devices that fit, and what to change first."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from expface_kernels.plan import Job, Rates, advise, plan, smallest_ranks
+from expface_kernels.plan.advice import KEEP_ALL
+
+RATES = Rates(flops=100e9, bandwidth=10e9, fresh=2e9)
+GB = 10**9
+
+
+def _fits(job: Job) -> bool:
+    return plan(job, RATES).fits
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory_bytes": GB},
+        {"memory_bytes": GB // 4},
+        {"memory_bytes": GB // 2, "optimizer": "adam", "batch": 64},
+        {"memory_bytes": GB, "sample_rate": 0.2, "dtype": "bfloat16"},
+        {"memory_bytes": 64 * GB},
+        {"memory_bytes": GB, "sample_rate": 0.5, "sparse_grad": True, "optimizer": "sparse-adam"},
+    ],
+    ids=str,
+)
+def test_the_fewest_devices_fit_and_one_fewer_does_not(options: dict[str, Any]) -> None:
+    job = Job(**{"classes": 1_000_000, "features": 128, "optimizer": "momentum", **options})
+    fewest = smallest_ranks(job)
+    assert fewest is not None
+
+    def on(ranks: int) -> Job:
+        dense = {"sparse_grad": False, "optimizer": "adam"} if job.sparse_grad and ranks > 1 else {}
+        return dataclasses.replace(job, ranks=ranks, **dense)
+
+    assert _fits(on(fewest))
+    assert not any(_fits(on(ranks)) for ranks in range(1, fewest))
+
+
+def test_on_gpus_too() -> None:
+    job = Job(classes=10_000_000, device="h100", batch=512, optimizer="adam", autocast="bfloat16")
+    fewest = smallest_ranks(job)
+    assert fewest == 2
+    assert not plan(job).fits
+    assert plan(dataclasses.replace(job, ranks=2)).fits
+
+
+def test_no_number_of_devices_holds_rows_that_do_not_fit_on_one() -> None:
+    job = Job(classes=1000, batch=100_000, memory_bytes=GB // 4)
+    assert smallest_ranks(job) is None
+    assert "no number of devices" in advise(plan(job, RATES), RATES).first
+    nothing_left = Job(classes=1000, memory_bytes=GB, reserved_bytes=2 * GB)
+    assert smallest_ranks(nothing_left) is None
+
+
+def test_what_changes_no_result_is_advised_first() -> None:
+    """Just too large: without the workspace it fits, and so does much else."""
+    job = Job(classes=200_000, features=128, memory_bytes=64 * GB)
+    exact = plan(job, RATES).peak
+    tight = dataclasses.replace(job, memory_bytes=int((exact - 10**6) / 0.9))
+    advice = advise(plan(tight, RATES), RATES)
+    assert advice.first.startswith("workspace_bytes=0: then it fits")
+    assert "the largest item is" in advice.first
+    assert sum(change.plan.fits for change in advice.changes) > 2
+
+
+def test_then_devices_and_where_none_alone_is_enough_the_fewest() -> None:
+    job = Job(classes=1_000_000, features=128, memory_bytes=GB)
+    assert advise(plan(job, RATES), RATES).first.startswith("2 devices: then it fits")
+    much = dataclasses.replace(job, memory_bytes=GB // 8)
+    advice = advise(plan(much, RATES), RATES)
+    assert not any(change.plan.fits for change in advice.changes)
+    assert advice.first.startswith(f"{advice.smallest_ranks} devices: no single change is enough")
+
+
+def test_what_fits_is_left_alone_but_for_speed() -> None:
+    job = Job(classes=100_000, optimizer="sgd", memory_bytes=64 * GB)
+    assert advise(plan(job, RATES), RATES).first == "nothing: it fits"
+    slow = dataclasses.replace(job, workspace_bytes=0)
+    advice = advise(plan(slow, RATES), RATES)
+    assert KEEP_ALL in advice.first
+    assert "less time" in advice.first
+
+
+def test_each_change_changes_one_thing() -> None:
+    job = Job(classes=100_000, optimizer="adam", device="h100", memory_bytes=64 * GB)
+    for change in advise(plan(job)).changes:
+        before, after = dataclasses.asdict(job), dataclasses.asdict(change.plan.job)
+        assert sum(before[name] != after[name] for name in before) == 1, change.name

@@ -1,0 +1,176 @@
+"""Items against what a real head and optimizer take, and against the triton backend's own count."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expface_kernels import MarginSoftmaxHead
+from expface_kernels.backends import cpu
+from expface_kernels.backends.triton.costs import GPUS, costs
+from expface_kernels.backends.triton.recording import Case
+from expface_kernels.plan import Job, plan
+from expface_kernels.plan.gpu import gpu_costs
+from expface_kernels.plan.memory import ALWAYS, BACKWARD, UPDATE, Item, items_of, peak_bytes, row_costs
+from tests.test_plan import measured
+from tests.tolerances import EXTRAPOLATED, PLANNED_MEMORY
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDE = {"classes": 100_000, "features": 256, "batch": 128}
+# Each has something that the others have not: temporaries, state, no workspace, 16 bit, fused, many rows.
+MEASURED: list[dict[str, Any]] = [
+    {"classes": 200_000, "features": 128, "batch": 64, "optimizer": "adam"},
+    {**WIDE, "optimizer": "momentum", "workspace_bytes": 0},
+    {**WIDE, "optimizer": "sgd", "weight_decay": 1e-4},
+    {"classes": 200_000, "features": 128, "batch": 256, "optimizer": "momentum", "dtype": "bfloat16"},
+    {**WIDE, "optimizer": "adamw", "fused": True},
+    {"classes": 20_000, "features": 512, "batch": 2048, "optimizer": "sgd"},
+]
+_SAMPLE = {"classes": 400_000, "features": 128, "batch": 64, "sample_rate": 0.1}
+SAMPLED: list[dict[str, Any]] = [
+    {**_SAMPLE, "optimizer": "momentum"},
+    {**_SAMPLE, "optimizer": "sgd", "sparse_grad": True},
+    {**_SAMPLE, "optimizer": "sparse-adam", "sparse_grad": True},
+]
+
+
+def _head_samples() -> bool:
+    try:
+        MarginSoftmaxHead(4, 8, sample_rate=0.5)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not measured.CLEAR_REFS.exists(), reason="peaks are read from Linux's /proc")
+def test_the_peak_is_within_15_percent_of_what_is_measured() -> None:
+    jobs = MEASURED + (SAMPLED if _head_samples() else [])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_plan.measured"],
+        input=json.dumps(jobs), cwd=ROOT, capture_output=True, text=True, check=False, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for job, found in zip(jobs, json.loads(done.stdout), strict=True):
+        items = items_of(Job(**job))
+        planned = peak_bytes(items)
+        told = {item.name: round(item.bytes / 1e6, 1) for item in items}
+        assert planned == pytest.approx(found, rel=PLANNED_MEMORY), f"{job}: {found / 1e6:.1f} MB, {told}"
+
+
+def test_a_peak_is_what_is_always_there_and_the_larger_of_both_moments() -> None:
+    one, two, three = Item("a", 5, ALWAYS, ""), Item("b", 7, BACKWARD, ""), Item("c", 9, UPDATE, "")
+    assert peak_bytes((one, two, three)) == 14
+    assert peak_bytes((one, two)) == 12
+    assert peak_bytes(()) == 0
+
+
+def test_items_follow_the_ranges_and_rows_of_ranks() -> None:
+    job = Job(classes=1003, features=64, batch=32, ranks=4, optimizer="adam")
+    found = {item.name: item.bytes for item in items_of(job)}
+    assert found["centres"] == 251 * 64 * 4  # ⌈1003 / 4⌉
+    assert found["gradient of centres"] == found["centres"]
+    assert found["optimizer state"] == 2 * found["centres"]
+    assert found["embeddings"] == 32 * 64 * 4
+    assert found["gathered rows"] == 128 * 64 * (4 + 4)
+    assert found["workspace"] == 4 * (251 * 128 + 128 + 251)  # exponentials, a tile's maxima, norms
+    assert "class subset" not in found
+
+
+def test_a_sparse_gradient_holds_the_rows_that_take_part() -> None:
+    job = Job(classes=10_000, features=64, batch=32, optimizer="sgd", sample_rate=0.1, sparse_grad=True)
+    found = {item.name: item.bytes for item in items_of(job)}
+    assert job.active_classes == 1000
+    assert found["gradient of centres"] == 1000 * (64 * 4 + 8)
+    assert found["class subset"] == 8000
+    few = dataclasses.replace(job, sample_rate=1e-4)
+    assert few.active_classes == 32  # the batch's own classes must find room
+
+
+def test_the_cpu_items_are_the_backends_own_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the backend asks its pool for in a step, 16-bit centres included."""
+    for dtype in ("float32", "bfloat16"):
+        job = Job(
+            classes=5000, features=32, batch=16, dtype=dtype, workspace_bytes=2048 * 16 * 4, optimizer="sgd"
+        )
+        monkeypatch.setattr(cpu, "TILE_CLASSES", (1024, 1024))
+        lent: list[int] = []
+        lend = cpu.pool.lend
+
+        def counted(numel: int, of: torch.dtype, lent: list[int] = lent, lend: Any = lend) -> torch.Tensor:
+            lent.append(numel * of.itemsize)
+            return lend(numel, of)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(cpu.pool, "lend", counted)
+            measured.Training(job).step()
+        found = {item.name: item.bytes for item in items_of(job)}
+        assert lent.count(found["workspace"]) == 1
+        assert lent.count(found["tile of logits"]) == 2  # forward, backward
+        # Of the two the forward's tile of centres is back in the pool when the backward takes its own.
+        assert found.get("tiles of centres", 0) == (2 * 1024 * 32 * 4 if dtype == "bfloat16" else 0)
+        assert lent.count(1024 * 32 * 4) == (3 if dtype == "bfloat16" else 0)
+        assert found["row operands"] == 2 * 16 * 32 * 4
+
+
+def test_row_costs_do_not_depend_on_where_they_were_counted() -> None:
+    """Linear in N·D: the peak of a step over few classes, at another size."""
+    from expface_kernels.tally import PeakMemory
+
+    rows, features = 512, 128
+    x = torch.randn(rows, features)
+    w, y = torch.randn(40, features), torch.randint(40, (rows,))
+    backend, request = cpu.CpuBackend(), cpu.Request(64.0, True, 0, False, None)
+    with PeakMemory() as memory:
+        out = backend.forward(x, w, y, None, request)
+        ones = torch.ones(rows, dtype=torch.float64)
+        backend.backward(x, w, y, None, out.log_l, out.workspace, ones, ones, request, True, True)
+    assert memory.peak == pytest.approx(row_costs().held * x.numel(), rel=PLANNED_MEMORY)
+
+
+GPU_JOBS: list[dict[str, Any]] = [
+    {"dtype": "bfloat16", "batch": 512},
+    {"autocast": "float16", "workspace_bytes": 0},
+    {"sample_rate": 0.25, "ranks": 4},
+]
+
+
+@pytest.mark.parametrize("options", GPU_JOBS, ids=str)
+def test_gpu_items_sum_to_the_backends_own_count(options: dict[str, Any]) -> None:
+    job = Job(classes=50_000, device="h100", **options)
+    case = Case(
+        job.rows, job.active_classes, 512, job.row_dtype, job.centre_dtype,
+        workspace_bytes=job.workspace_bytes, subset=job.subset,
+        product_dtype=None if job.autocast is None else job.row_dtype,
+    )  # fmt: skip
+    counted = costs(case, GPUS["h100"].arch)
+    found = {item.name: item.bytes for item in plan(job).items}
+    own = found["workspace"] + found["chunk of probabilities"] + found["rows, sums and tangents"]
+    assert own == counted.extra
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"autocast": "bfloat16"},
+        {"dtype": "bfloat16", "workspace_bytes": 10**11},
+        {"sample_rate": 0.7, "workspace_bytes": 0, "batch": 4096},
+    ],
+    ids=str,
+)
+def test_many_classes_cost_what_a_part_of_them_foretells(options: dict[str, Any]) -> None:
+    job = Job(**{"classes": 9_000_000, "batch": 1024, "device": "h100", **options})
+    case = Case(
+        job.rows, job.active_classes, 512, job.row_dtype, job.centre_dtype,
+        workspace_bytes=job.workspace_bytes, subset=job.subset,
+        product_dtype=None if job.autocast is None else job.row_dtype,
+    )  # fmt: skip
+    direct, foretold = costs(case, GPUS["h100"].arch), gpu_costs(job)
+    for name in ("peak", "forward_peak", "extra", "flops", "moved"):
+        assert getattr(foretold, name) == pytest.approx(getattr(direct, name), rel=EXTRAPOLATED), name
