@@ -51,7 +51,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("expface", ExpFace()),
         ("ExpFace:0.5", ExpFace(0.5)),
         ("arcface:0.4", ArcFace(0.4)),
-        (" arcface : m = 0.3 , boundary = monotonic ", ArcFace(0.3, boundary="monotonic")),
+        (" arcface:m = 0.3 , boundary = monotonic ", ArcFace(0.3, boundary="monotonic")),
         ("arcface:0.3,easy", ArcFace(0.3, boundary="easy")),
         ("arcface:boundary=easy", ArcFace(boundary="easy")),
         ("cosface:.2", CosFace(0.2)),

@@ -110,12 +110,12 @@ def smallest_ranks(job: Job) -> int | None:
         return peak_bytes(items_of(tried)) <= tried.capacity_bytes
 
     # What is divided among them must fit whatever else there is.
-    too_few = -(-divided_bytes(_on(job, 1)) // job.capacity_bytes) - 1
-    enough = max(too_few, 0) + 1
+    least = max(-(-divided_bytes(_on(job, 1)) // job.capacity_bytes), 1)
+    too_few, enough = least - 1, least
     while not fits(enough):
-        if enough > MOST_TIMES * (too_few + 1):
+        if enough > MOST_TIMES * least:
             return None
-        too_few, enough = enough, 2 * enough - too_few
+        too_few, enough = enough, 2 * enough - least + 1
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
         too_few, enough = (too_few, middle) if fits(middle) else (middle, enough)

@@ -108,7 +108,7 @@ def test_without_rich_one_line_names_the_extra() -> None:
     assert done.stderr == "python -m expface_kernels info: needs rich: pip install 'expface_kernels[cli]'\n"
 
 
-def test_a_right_margin_passes_and_its_json_says_so(
+def test_a_right_margin_passes_and_so_says_its_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "result.json"
