@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from expface_kernels.analysis.curves import Description, Interval, Peak, describe, label
@@ -94,7 +95,7 @@ def _table(descriptions: Sequence[Description]) -> Table:
     for found in descriptions:
         angular, cosine = found.angular_peak, found.cosine_peak
         table.add_row(
-            found.margin,
+            escape(found.margin),
             _intervals(found.falls),
             f"{math.degrees(angular.size):.1f} {_where(angular)}",
             f"{cosine.size:.3f} {_where(cosine)}",

@@ -27,7 +27,7 @@ class Mine:
         return torch.cos(theta) - 0.1 * theta
 
     def __repr__(self) -> str:
-        return "Mine()"
+        return "Mine([red])"
 
 
 def broken(theta: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def test_all_margins_are_drawn_side_by_side_and_the_table_printed(
         "68.9–180.0",
         "turns at 151.4",
         "vanishes at 120.0",
-        "Mine()",
+        "Mine([red])",
     ):
         assert words in printed
     files = sorted((tmp_path / "a" / "b").iterdir())
@@ -59,7 +59,11 @@ def test_all_margins_are_drawn_side_by_side_and_the_table_printed(
     data = json.loads((tmp_path / "c.json").read_text())
     assert data["unit"] == "radians"
     names = [repr(make()) for make in MARGINS.values()]
-    assert [row["margin"] for row in data["margins"]] == [*names, "Mine()", "ArcFace(m=0.3, boundary='none')"]
+    assert [row["margin"] for row in data["margins"]] == [
+        *names,
+        "Mine([red])",
+        "ArcFace(m=0.3, boundary='none')",
+    ]
     assert data["margins"][0]["angular_peak"]["start"] == pytest.approx(math.pi * 0.7 ** (1 / 0.3))
 
 
