@@ -3,8 +3,8 @@
 On a GPU: what torch's allocator had lent out at its peak. On the CPU, Linux only, a process draws a case's
 inputs once and forks for each peer. What is read there is VmHWM, the kernel's own high-water mark of resident
 memory, which writing 5 to /proc/self/clear_refs sets back: unlike samples of statm by a thread it misses no
-peak, and unlike ru_maxrss it forgets what was there before. A step at tiny size comes first, so that imports,
-thread pools and a compiler are loaded by then.
+peak, and unlike ru_maxrss it forgets what was there before. A step at tiny size comes first, or one of the
+same size for what compiles, so that imports, thread pools and a compiler are loaded by then.
 """
 
 from __future__ import annotations
@@ -120,11 +120,12 @@ class Meter:
 def _extra_bytes(name: str, inputs: Inputs) -> int:
     """Peak memory of STEPS steps in this process, less what was there before and the gradients."""
     peer, case = peers.get(name), inputs.case
-    tiny = case.at_most(TINY_ROWS, TINY_CLASSES).inputs()
-    run_step(peer.step(tiny), tiny)
     step = peer.step(inputs)
-    if peer.compiles:
+    if peer.compiles or case.device == "cuda":
         run_step(step, inputs)
+    else:
+        tiny = case.at_most(TINY_ROWS, TINY_CLASSES).inputs()
+        run_step(peer.step(tiny), tiny)
     if case.device == "cuda":
         return allocated_bytes(step, inputs)
     inputs.drop_gradients()

@@ -150,12 +150,13 @@ def _print_notes(sweep: Sweep, out: Output) -> None:
     """Every reason once, with the shapes that it holds for."""
     found: dict[tuple[str, str], list[str]] = {}
     for point in sweep.points:
-        text = f"FAILED: {point.error}" if point.error else point.reason
-        if text is not None and point.needs_bytes is None:
+        # How long a step would have taken stands in the JSON.
+        text = f"FAILED: {point.error}" if point.error else (point.reason or "").partition(" for a step")[0]
+        if text and point.needs_bytes is None:
             case = point.case
             where = f"B={case.rows:,}, C={case.classes:,}, D={case.features:,}"
             found.setdefault((point.peer, text), []).append(where)
     for (peer, text), places in found.items():
         places = list(dict.fromkeys(places))
-        where = places[0] if len(places) == 1 else f"{len(places)} shapes, from {places[0]} on"
+        where = places[0] if len(places) == 1 else f"{len(places)} shapes, the first {places[0]}"
         out.line(f"{peer}: {text} ({where})")

@@ -17,6 +17,7 @@ class CutCrossEntropy(Peer):
     """`cce` leaves out gradients below a fixed threshold, `cce_exact` none."""
 
     devices, margins = GPU_ONLY, NO_MARGIN
+    compiles = True  # Triton
 
     def __init__(self, implementation: str) -> None:
         self.name = self.implementation = implementation

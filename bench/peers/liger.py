@@ -55,6 +55,7 @@ class Liger(Peer):
 
     name = "liger"
     devices, margins = GPU_ONLY, NO_MARGIN
+    compiles = True  # Triton
 
     def label(self, case: Case) -> str:
         version = machine.versions(PACKAGE)[PACKAGE]
