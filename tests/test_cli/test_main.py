@@ -42,7 +42,7 @@ def _process(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         (["gradcheck", "--margin", "nothing"], "nothing"),
         (["gradcheck", "--margin", "arcface:28.6"], "radians"),
         (["gradcheck", "--margin", "no.such.module:X"], "no.such.module"),
-        (["gradcheck", "--margin", "builtins:len"], "TypeError"),
+        (["gradcheck", "--margin", "builtins:len"], "got int"),
         (["gradcheck", "--backend", "fast"], "fast"),
         (["gradcheck", "--dtype", "int8"], "int8"),
         (["gradcheck", "--target-gradient", "both"], "both"),
