@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from expface_kernels.analysis import plots
 from expface_kernels.__main__ import main
+from expface_kernels.analysis import plots
 from expface_kernels.analysis.curves import similarity
 from expface_kernels.margin_spec import MARGINS
 

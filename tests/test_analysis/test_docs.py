@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from expface_kernels.analysis import AngularMonitor, LabelNoiseRanker, cli, plots
 from expface_kernels.__main__ import main
+from expface_kernels.analysis import AngularMonitor, LabelNoiseRanker, cli, plots
 from tests.test_package import ROOT
 
 PAGE = ROOT / "docs" / "curves.md"
