@@ -42,7 +42,9 @@ def sharded_parameter(local_weight: Tensor, num_classes: int, ranks: Ranks) -> n
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
-    mesh = DeviceMesh.from_group(ranks.group, local_weight.device.type)
+    # Where a meta tensor will be is not known, but what its group can send is.
+    device = ranks.device if local_weight.is_meta else local_weight.device
+    mesh = DeviceMesh.from_group(ranks.group, device.type)
     features = local_weight.shape[1]
     whole = DTensor.from_local(
         local_weight,

@@ -34,7 +34,8 @@ class Case:
     head: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     margin: str = "plain"
-    """"plain": ExpFace(0.7); "rows": CosFace of a leaf tensor times embeddings' norms, one value a row."""
+    """"plain": ExpFace(0.7); "rows": CosFace of a leaf tensor times embeddings' norms, one value a row;
+    "trained": a module with one parameter."""
     ignored: tuple[int, ...] = ()
     """Rows among the N, which hold NaN."""
     ddp: bool = True
@@ -95,6 +96,23 @@ def with_norms(leaf: Tensor, embeddings: Tensor) -> CosFace:
     return CosFace(leaf * torch.where(length.isnan(), 1.0, torch.tanh(length)))
 
 
+class TrainedMargin(nn.Module):
+    """cos θ − m with an m that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, theta: Tensor) -> Tensor:
+        return torch.cos(theta) - self.m
+
+
+def margin_of(case: Case, leaf: Tensor, embeddings: Tensor, trained: TrainedMargin) -> Any:
+    if case.margin == "rows":
+        return with_norms(leaf, embeddings)
+    return trained if case.margin == "trained" else ExpFace()
+
+
 def weighted(case: Case, loss: Tensor, own: slice) -> Tensor:
     """() to differentiate: the gradient that arrives at the loss is not 1, nor the same for every row."""
     return loss * 1.5 if loss.dim() == 0 else (loss * importance(case)[own]).sum()
@@ -122,7 +140,7 @@ def sharded_step(group: Any, case: Case) -> dict[str, Any]:
     _frozen(case, module, head.weight)
     trains = case.frozen != "backbone"
     backbone = DistributedDataParallel(module, process_group=group) if case.ddp and trains else module
-    leaf = steepness(case)[own].requires_grad_()
+    leaf, trained = steepness(case)[own].requires_grad_(), TrainedMargin()
     losses, stats = [], []
     for i in range(case.micro_batches):
         last = i == case.micro_batches - 1
@@ -130,7 +148,7 @@ def sharded_step(group: Any, case: Case) -> dict[str, Any]:
         waits = backbone.no_sync() if case.ddp and trains and not last else contextlib.nullcontext()
         with waits:
             e = embed(case, backbone, x[rows], y[rows])
-            head.margin = with_norms(leaf[rows], e) if case.margin == "rows" else ExpFace()
+            head.margin = margin_of(case, leaf[rows], e, trained)
             with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
                 loss, found = head(e, y[rows], return_stats=True)
             (weighted(case, loss, own) / case.micro_batches).backward()
@@ -142,6 +160,7 @@ def sharded_step(group: Any, case: Case) -> dict[str, Any]:
         "backbone": [_gradient(p) for p in module.parameters()],
         "dw": _gradient(head.weight),
         "leaf": leaf.grad,
+        "trained": trained.m.grad,
         "stats": tuple(stats[0]) if case.micro_batches == 1 else (),
         "cos": cos,
         "classes": classes,
@@ -177,9 +196,9 @@ def whole_step(case: Case) -> dict[str, Any]:
     options = dict(case.options)
     head = MarginSoftmaxHead(D, case.classes, seed=options["seed"], dtype=case.dtype)
     _frozen(case, backbone, head.weight)
-    leaf = steepness(case).requires_grad_()
+    leaf, trained = steepness(case).requires_grad_(), TrainedMargin()
     e = embed(case, backbone, x, y)
-    margin: Any = with_norms(leaf, e) if case.margin == "rows" else ExpFace()
+    margin = margin_of(case, leaf, e, trained)
     with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
         loss, stats = margin_cross_entropy(
             e,
@@ -202,6 +221,7 @@ def whole_step(case: Case) -> dict[str, Any]:
         "backbone": [_gradient(p) for p in backbone.parameters()],
         "dw": _gradient(head.weight),
         "leaf": leaf.grad,
+        "trained": trained.m.grad,
         "stats": tuple(stats),
         "cos": cos,
         "classes": classes,

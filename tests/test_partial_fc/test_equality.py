@@ -55,6 +55,8 @@ CASES = [
     Case("margins by row, none", (3, 4, 2), margin="rows", head=NONE),
     Case("margins by row, s = 128", (3, 4), margin="rows", head={"scale": 128.0}),
     Case("margins by row, two backwards", (4, 4), margin="rows", micro_batches=2),
+    Case("margin that trains", (3, 4), margin="trained"),
+    Case("margin that trains, none", (3, 4, 0), margin="trained", head={**EXACT, **NONE}, ignored=(2,)),
     Case("sampled", (4, 3), classes=101, head={"sample_rate": 0.2}),
     Case("sampled, by row", (4, 0, 3), classes=101, head={"sample_rate": 0.3, **EXACT}, margin="rows"),
     Case("sampled, fewer than rows", (9, 8), classes=20, head={"sample_rate": 0.1}),
@@ -90,7 +92,7 @@ def assert_equal(case: Case, what: str, found: Tensor | None, right: Tensor | No
 
 @pytest.mark.parametrize(
     ("on_ranks", "case"),
-    [(case.world, case) for case in CASES],
+    [(case.world, case) for case in sorted(CASES, key=lambda case: case.world)],
     indirect=["on_ranks"],
     ids=lambda value: value.name if isinstance(value, Case) else f"{value} ranks",
 )
@@ -108,6 +110,7 @@ def test_a_step_equals_one_process_on_the_whole_batch(
             # Each rank's own rows; what DDP averages, or the caller sums, is of the same scale.
             scale = factor if not case.ddp else case.world
             assert_equal(case, "margin", found["leaf"], right["leaf"][own] * scale)
+        assert_equal(case, "margin's parameter", found["trained"], right["trained"])
         for i, figure in enumerate(found["stats"]):
             assert_equal(case, f"statistic {i}", figure.double(), right["stats"][i][own].double())
         assert_equal(case, "top cosines", found["cos"], right["cos"][own])

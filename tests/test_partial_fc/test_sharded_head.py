@@ -1,0 +1,123 @@
+"""A sharded head as a module: what it says of itself, its state, copies, casts, and modes of autograd.
+
+C classes · D features
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from expface_kernels import ExpFace, MarginSoftmaxHead
+from expface_kernels.partial_fc.centres import SEED_ROWS, initialize
+from expface_kernels.partial_fc.ranges import ClassRange, shard_ranges
+from tests.distributed import run_ranks
+from tests.tolerances import SUM_ORDER, relative_error
+
+C, D = 5, 8  # on 4 ranks: 2, 2, 1 and no class
+WORLD = 4
+
+
+def head_as_a_module(group: Any) -> dict[str, Any]:
+    """Checks on every rank; returns what they are to have in common."""
+    head = MarginSoftmaxHead(D, C, process_group=group, sample_rate=0.9)
+    whole = MarginSoftmaxHead(D, C)
+    shard = shard_ranges(C, WORLD)[group.rank()]
+    x, y = torch.randn(3, D, requires_grad=True), torch.tensor([0, 2, C - 1])
+
+    # What it holds, and what it is part of.
+    assert isinstance(head.weight, nn.Parameter)
+    assert isinstance(head.weight, DTensor)
+    assert head.weight.placements == (Shard(0),)
+    assert head.weight.shape == (C, D)
+    assert torch.equal(head.weight.full_tensor(), whole.weight)
+    assert (head.class_start, head.num_local) == shard
+    assert type(head.local_weight) is torch.Tensor
+    assert torch.equal(head.local_weight, whole.weight[shard.start : shard.stop])
+    assert [name for name, _ in head.named_parameters()] == ["weight"]
+    with torch.no_grad():
+        head.local_weight.zero_()  # it is the memory of the parameter, not a copy
+    assert not head.weight.to_local().any()
+    head.reset_parameters()
+    assert torch.equal(head.local_weight, whole.weight[shard.start : shard.stop])
+
+    # Copies, state, casts.
+    loss = head(x, y)
+    twin = copy.deepcopy(head)
+    assert twin.sampling_step == 1
+    assert torch.equal(twin(x, y), head(x, y))
+    other = MarginSoftmaxHead(D, C, process_group=group, sample_rate=0.9, seed=1)
+    buffer = io.BytesIO()
+    torch.save(head.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert other.sampling_step == 2
+    other.seed = 0
+    assert torch.equal(other(x, y), head(x, y))
+    wide = copy.deepcopy(head).double()
+    assert wide.local_weight.dtype == torch.float64
+    wide(x.double(), y).backward()
+    assert isinstance(wide.weight.grad, DTensor)
+    assert wide.weight.grad.to_local().shape == (shard.size, D)
+    late = MarginSoftmaxHead(D, C, process_group=group, device="meta")
+    assert late.weight.is_meta
+    late.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(late.local_weight, head.local_weight)
+
+    # Modes of autograd; all classes from here.
+    head.eval()
+    loss = head(x, y)
+    with torch.inference_mode():
+        assert torch.equal(head(x, y), loss)
+    x.grad, head.weight.grad = None, None
+    loss.backward(retain_graph=True)
+    once = x.grad.clone(), head.weight.grad.to_local().clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * once[0])
+    assert torch.equal(head.weight.grad.to_local(), 2 * once[1])
+    x.grad, head.weight.grad = None, None
+    (head(x, y) + head(x.flip(0), y)).backward()
+    both = x.grad, head.weight.grad.to_local()
+    parts = []
+    for rows in (x, x.flip(0)):
+        head.weight.grad = None
+        head(rows, y).backward()
+        parts.append(head.weight.grad.to_local())
+    if shard.size:
+        assert relative_error(both[1], parts[0] + parts[1]) <= SUM_ORDER
+    head.requires_grad_(False)
+    head.weight.grad = None
+    head(x, y).backward()
+    assert head.weight.grad is None
+    head.margin = ExpFace(0.5)
+    return {"loss": loss.item(), "shown": repr(head)}
+
+
+def test_a_sharded_head_is_a_module_like_any_other() -> None:
+    results = run_ranks(WORLD, head_as_a_module)
+    assert len({found["loss"] for found in results}) == 1
+    assert re.search(r"ExpFace\(m=0.5\).*, sample_rate=0.9, classes 2 to 4 of rank 1, ", results[1]["shown"])
+
+
+@pytest.mark.parametrize("classes", [1, 15, 17, 2 * SEED_ROWS, 2 * SEED_ROWS + 1, 3 * SEED_ROWS - 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_class_starts_the_same_whoever_holds_it(classes: int, dtype: torch.dtype) -> None:
+    whole = torch.empty(classes, 3, dtype=dtype)
+    initialize(whole, ClassRange(0, classes), seed=6)
+    for world in (2, 3, 5):
+        for shard in shard_ranges(classes, world):
+            part = torch.full((shard.size, 3), torch.nan, dtype=dtype)
+            initialize(part, shard, seed=6)
+            assert torch.equal(part, whole[shard.start : shard.stop])
+    more = torch.empty(classes + 40, 3, dtype=dtype)
+    initialize(more, ClassRange(0, classes + 40), seed=6)
+    assert torch.equal(more[:classes], whole)  # nor do other classes change any
+    if classes > SEED_ROWS:
+        assert not torch.equal(whole[:5], whole[SEED_ROWS : SEED_ROWS + 5])
