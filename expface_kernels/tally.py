@@ -76,9 +76,10 @@ def traffic(func: Any, args: Any, out: Any) -> int:
         return 2 * _bytes(args[2]) + _bytes(args[1])
     written = _bytes(out)
     if not returns:  # in place over lists of tensors: what is written shows in the arguments alone
-        schema = zip(func._schema.arguments, args, strict=False)
         written = sum(
-            _bytes(value) for a, value in schema if a.alias_info is not None and a.alias_info.is_write
+            _bytes(value)
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.is_write and argument.name not in _UNWRITTEN
         )
     return _bytes(args) + written
 

@@ -15,8 +15,8 @@ from expface_kernels.plan.memory import Item, divided_bytes, items_of, peak_byte
 from expface_kernels.plan.optimizers import FUSED, SPARSE_TEMPORARY
 from expface_kernels.plan.seconds import Work, work_of
 
-MOST_TIMES = 64
-"""As many devices are tried as could just hold what is divided among them, up to so many times more."""
+MOST_TIMES = 1024
+"""From as many devices as could just hold what is divided among them, up to so many times more are tried."""
 SAMPLED_RATE = 0.1
 KEEP_ALL, FUSED_NAME, AUTOCAST = "a workspace for all exponentials", "fused=True", "autocast bfloat16"
 HARMLESS = (KEEP_ALL, FUSED_NAME, AUTOCAST)
@@ -105,17 +105,22 @@ def smallest_ranks(job: Job) -> int | None:
     if job.capacity_bytes == 0:
         return None
 
+    @functools.cache
+    def peak(ranks: int) -> int:
+        return peak_bytes(items_of(_on(job, ranks)))
+
     def fits(ranks: int) -> bool:
-        tried = _on(job, ranks)
-        return peak_bytes(items_of(tried)) <= tried.capacity_bytes
+        return peak(ranks) <= job.capacity_bytes
 
     # What is divided among them must fit whatever else there is.
     least = max(-(-divided_bytes(_on(job, 1)) // job.capacity_bytes), 1)
-    too_few, enough = least - 1, least
+    fewer, too_few, enough = least - 1, least - 1, least
     while not fits(enough):
+        if too_few >= least and peak(enough) >= peak(too_few):  # rows outweigh centres by now
+            return next(filter(fits, range(fewer + 1, enough)), None)
         if enough > MOST_TIMES * least:
             return None
-        too_few, enough = enough, 2 * enough - least + 1
+        fewer, too_few, enough = too_few, enough, 2 * enough - least + 1
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
         too_few, enough = (too_few, middle) if fits(middle) else (middle, enough)

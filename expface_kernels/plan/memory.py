@@ -181,11 +181,16 @@ def _gpu_items(job: Job) -> list[Item]:
     found = gpu_costs(job)
     plan = backend_plan(job)
     workspace = 4 * plan.numel
-    chunk = plan.chunk * plan.rows_pad * plan.product.itemsize
+    # Where all exponentials are kept they are what the backward multiplies.
+    chunk = plan.chunk * plan.rows_pad * plan.product.itemsize if plan.kept < plan.classes else 0
     kept = f"norms; {plan.kept:,} of {plan.classes:,} classes × {plan.rows:,} exponentials"
-    rest = found.extra - workspace - chunk
     return [
         Item("workspace", workspace, BACKWARD, kept),
         Item("chunk of probabilities", chunk, BACKWARD, f"{plan.chunk:,} × {plan.rows_pad:,}"),
-        Item("rows, sums and tangents", max(rest, 0), BACKWARD, "the launches' other tensors"),
+        Item(
+            "rows, sums and tangents",
+            found.extra - workspace - chunk,
+            BACKWARD,
+            "the launches' other tensors",
+        ),
     ]

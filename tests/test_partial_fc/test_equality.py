@@ -33,6 +33,7 @@ CASES = [
     Case("ignored rows on one rank", (4, 4, 2), ignored=(4, 6)),
     Case("a rank with ignored rows only", (3, 2, 2), ignored=(3, 4), head=SUM),
     Case("all rows ignored", (2, 1), ignored=(0, 1, 2)),
+    # IF 2015 and 1105: the last batch is smaller, or one rank has none left.
     Case("a rank without rows", (3, 0, 5)),
     Case("the first rank without rows", (0, 2)),
     Case("no rows at all", (0, 0)),
@@ -41,15 +42,19 @@ CASES = [
     Case("an empty shard", (2, 3, 1, 2), classes=5),
     Case("an empty shard, s = 128", (2, 3, 1, 2), classes=5, head={"scale": 128.0}),
     Case("an empty shard, sampled", (1, 1, 0, 0), classes=9, head={"sample_rate": 0.3}),
+    # CVLface rounds the class count up to the number of ranks, and so has negatives that do not exist.
     Case("ten classes", (2, 3, 1, 2), classes=10),
     Case("s = 128", (4, 2), head={"scale": 128.0, **EXACT}, ignored=(1,)),
     Case("s = 128, many classes", (4, 0, 2), classes=1001, head={"scale": 128.0}),
     Case("equal rows", (3, 3, 3), head={"equal_rows": True}, ignored=(1, 3, 4, 5)),
+    # IF 2258: two halves of a batch, their losses halved, are the batch.
     Case("two backwards", (4, 4), micro_batches=2),
     Case("four backwards, exact", (4, 8, 4), micro_batches=4, head={"reduction": "mean", **EXACT}),
+    # IF 1403 and 1483, TFace 34: why times the number of ranks? For those who average; others say so.
     Case("gradients summed", (4, 1), ddp=False, head={"embedding_grad_scale": 1.0}),
     Case("gradients summed, sum", (4, 0, 3), ddp=False, head={"embedding_grad_scale": 1.0, **SUM}),
     Case("gradients times three", (4, 0, 3), ddp=False, head={"embedding_grad_scale": 3.0}, margin="rows"),
+    # IF 2016, AdaFace 13, MagFace 20: margins from the rows' norms break when centres are sharded.
     Case("margins by row", (3, 4), margin="rows"),
     Case("margins by row, exact", (3, 4, 0), margin="rows", head=EXACT),
     Case("margins by row, ignored", (3, 4, 2), margin="rows", head={**EXACT, **SUM}, ignored=(1, 5)),

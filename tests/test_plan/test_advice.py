@@ -22,7 +22,8 @@ def _fits(job: Job) -> bool:
     "options",
     [
         {"memory_bytes": GB},
-        {"memory_bytes": GB // 4},
+        {"memory_bytes": GB // 3, "workspace_bytes": 0},
+        {"memory_bytes": GB // 8, "workspace_bytes": 0, "batch": 16},
         {"memory_bytes": GB // 2, "optimizer": "adam", "batch": 64},
         {"memory_bytes": GB, "sample_rate": 0.2, "dtype": "bfloat16"},
         {"memory_bytes": 64 * GB},
@@ -51,6 +52,16 @@ def test_on_gpus_too() -> None:
     assert plan(dataclasses.replace(job, ranks=2)).fits
 
 
+def test_where_more_devices_bring_more_rows_than_they_take_classes_the_window_is_found() -> None:
+    job = Job(classes=200_000, features=128, batch=2048, workspace_bytes=0)
+    peaks = {ranks: plan(dataclasses.replace(job, ranks=ranks), RATES).peak for ranks in range(1, 40)}
+    best = min(peaks, key=lambda ranks: peaks[ranks])
+    assert 1 < best < 39
+    tight = dataclasses.replace(job, memory_bytes=int(peaks[best] / 0.9) + 2)
+    assert smallest_ranks(tight) == best
+    assert smallest_ranks(dataclasses.replace(tight, memory_bytes=int(peaks[best] / 0.9) - 2)) is None
+
+
 def test_no_number_of_devices_holds_rows_that_do_not_fit_on_one() -> None:
     job = Job(classes=1000, batch=100_000, memory_bytes=GB // 4)
     assert smallest_ranks(job) is None
@@ -71,9 +82,9 @@ def test_what_changes_no_result_is_advised_first() -> None:
 
 
 def test_then_devices_and_where_none_alone_is_enough_the_fewest() -> None:
-    job = Job(classes=1_000_000, features=128, memory_bytes=GB)
+    job = Job(classes=1_000_000, features=128, memory_bytes=13 * GB // 10)
     assert advise(plan(job, RATES), RATES).first.startswith("2 devices: then it fits")
-    much = dataclasses.replace(job, memory_bytes=GB // 8)
+    much = dataclasses.replace(job, memory_bytes=7 * GB // 10)
     advice = advise(plan(much, RATES), RATES)
     assert not any(change.plan.fits for change in advice.changes)
     assert advice.first.startswith(f"{advice.smallest_ranks} devices: no single change is enough")

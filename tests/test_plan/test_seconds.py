@@ -91,9 +91,8 @@ def test_a_gpu_step_is_the_cost_models_and_the_update() -> None:
     found = plan(Job(classes=100_000, device="a100", dtype="bfloat16", optimizer="momentum", fused=True))
     update = found.work[-1]
     assert update.name == "update, momentum"
-    assert (
-        update.bytes == 5 * 100_000 * 512 * 2
-    )  # reads parameter, gradient, buffer; writes parameter, buffer
+    # reads parameter, gradient, buffer; writes parameter, buffer
+    assert update.bytes == 5 * 100_000 * 512 * 2
     assert update.seconds == update.bytes / (GPUS["a100"].bandwidth * 1e12)
     assert {"forward_tile", "weight_gradient_tile"} <= {work.name for work in found.work}
     assert found.flops >= 3 * 2 * 256 * 100_000 * 512
