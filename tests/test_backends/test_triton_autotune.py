@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 
+from expface_kernels.backends.base import Request
 from expface_kernels.backends.triton import audit, autotune, tuning
 from expface_kernels.backends.triton.autotune import PRODUCTS, Machine, Step, fastest, record
 from expface_kernels.backends.triton.candidates import Setting, candidates, shared_bytes, why_not
+from expface_kernels.backends.triton.launch import Call
 from expface_kernels.backends.triton.plan import PAD
 from expface_kernels.backends.triton.tuning import ROLES, Tile
 from tests.cases import INTERPRETED
@@ -75,6 +77,16 @@ def test_what_does_not_fit_says_why(tile: Tile, word: str) -> None:
     assert "features" in str(
         why_not("forward", Tile(128, 128, 64, 8, 2), dataclasses.replace(HOPPER, features=32), 10**6)
     )
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_features_are_padded_to_the_widest_block_of_any_role(role: str) -> None:
+    narrow = dict.fromkeys(ROLES, Tile(64, 16, 16, 4, 2))
+    tiles = tuning.with_tiles(HOPPER.ruled(), narrow | {role: SMALL})
+    x = torch.empty(4, 40, dtype=BF16, device="meta")
+    with tuning.trying(tiles):
+        call = Call(x, x, x[:, 0].long(), None, Request(64.0, True, 0, False, None), "sm_90")
+    assert call.features_pad == 64  # 48 were enough for blocks of 16
 
 
 class Counted:
