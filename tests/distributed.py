@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 
 MOST_RANKS = 4
-GROUP_TIMEOUT = timedelta(seconds=40)
-DEADLINE = 60.0  # seconds that one call may take, the start of the processes not counted
-START_DEADLINE = 120.0
+GROUP_TIMEOUT = timedelta(seconds=90)
+DEADLINE = 120.0  # seconds that one call may take, the start of the processes not counted
+START_DEADLINE = 180.0
 
 
 class RankFailed(AssertionError):

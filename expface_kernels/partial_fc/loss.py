@@ -175,8 +175,9 @@ def _exchange(
     own = Header(embeddings.shape[0], embeddings.dtype, needs_grad, False, comm.checksum(options))
     headers = comm.exchange(own, options, None, ranks)
     agreed = headers[ranks.rank]
-    if (agreed.dtype, agreed.needs_grad) != (own.dtype, own.needs_grad):
-        embeddings = embeddings.detach().to(agreed.dtype).requires_grad_(agreed.needs_grad)
+    embeddings = embeddings.to(agreed.dtype)  # still part of the backbone's graph, for which DDP waits
+    if agreed.needs_grad != own.needs_grad:
+        embeddings = embeddings.detach().requires_grad_(agreed.needs_grad)
     return embeddings, [header.rows for header in headers]
 
 

@@ -106,6 +106,26 @@ def test_a_sharded_head_is_a_module_like_any_other() -> None:
     assert re.search(r"ExpFace\(m=0.5\).*, sample_rate=0.9, classes 2 to 4 of rank 1, ", results[1]["shown"])
 
 
+def an_empty_batch(group: Any) -> dict[str, Any]:
+    """The last rank has no rows: from its backbone in another dtype, and from nowhere."""
+    head = MarginSoftmaxHead(D, C, process_group=group)
+    linear = nn.Linear(D, D)
+    last = group.rank() == WORLD - 1
+    x, y = torch.ones(0 if last else 2, D), torch.zeros(0 if last else 2, dtype=torch.int64)
+    e = linear(x)
+    head(e if last else e.bfloat16(), y).backward()
+    loss = head(torch.zeros(0, D) if last else e.detach().requires_grad_(), y)
+    loss.backward()
+    return {"loss": loss.item(), "backbone": linear.weight.grad, "moved": bool(linear.weight.grad.any())}
+
+
+def test_a_rank_without_rows_needs_neither_their_dtype_nor_a_graph() -> None:
+    results = run_ranks(WORLD, an_empty_batch)
+    assert len({found["loss"] for found in results}) == 1
+    assert [found["moved"] for found in results] == [True] * (WORLD - 1) + [False]
+    assert all(found["backbone"].isfinite().all() for found in results)  # and there: DDP would wait for it
+
+
 @pytest.mark.parametrize("classes", [1, 15, 17, 2 * SEED_ROWS, 2 * SEED_ROWS + 1, 3 * SEED_ROWS - 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_class_starts_the_same_whoever_holds_it(classes: int, dtype: torch.dtype) -> None:
