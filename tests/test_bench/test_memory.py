@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from bench import memory
-from bench.cases import TOY
+from bench.cases import TOY, Case
 from tests.test_bench import strange_peers
 
 STRANGE = strange_peers.__name__
@@ -15,6 +17,22 @@ def test_a_known_allocation_is_measured() -> None:
     assert found.error is None
     assert found.extra_bytes is not None
     assert abs(found.extra_bytes - strange_peers.ALLOCATED_BYTES) < 4e6
+
+
+@pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
+def test_gradients_and_inputs_are_no_extra_memory_and_logits_are() -> None:
+    # Centres and their gradient take 51 MB each, a tile of logits 3 MB, all of the logits too.
+    wide = Case(rows=8, classes=100_000, features=128)
+    (ours,) = memory.measure_all(["ours@0"], wide)
+    (forward,) = memory.measure_all(["ours@0"], dataclasses.replace(wide, backward=False))
+    (eager,) = memory.measure_all(["eager"], Case(rows=512, classes=20_000, features=8))
+    logits = 512 * 20_000 * 4
+    assert ours.extra_bytes is not None
+    assert forward.extra_bytes is not None
+    assert eager.extra_bytes is not None
+    assert 0 < ours.extra_bytes < 25e6
+    assert 0 < forward.extra_bytes < 25e6
+    assert 2 * logits < eager.extra_bytes < 12 * logits
 
 
 @pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))

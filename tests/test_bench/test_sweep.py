@@ -135,6 +135,27 @@ def test_fewer_rounds_where_time_is_short_but_at_least_one(sweeper: Sweeper) -> 
     assert len(point.seconds) == 3  # and two to warm up, or one
 
 
+@pytest.mark.parametrize(
+    ("steps", "rounds", "weighed"),
+    [
+        (1.6, 0, False),  # the first step shows that a round would break the budget
+        (3.5, 1, False),  # two for memory would
+        (6.0, 2, True),
+    ],
+)
+def test_one_slow_peer_of_which_nothing_was_known(
+    sweeper: Sweeper, steps: float, rounds: int, weighed: bool
+) -> None:
+    sweeper.add("a")
+    seconds = steps * PER_FLOP * dataclasses.replace(BASE, classes=100).flops
+    found = sweeper.run([100], seconds)
+    (point,) = found.points
+    assert len(point.seconds) == rounds
+    assert (point.extra_bytes is not None) == weighed
+    assert (point.reason is None) == weighed
+    assert found.took_seconds <= seconds
+
+
 def test_compiling_is_paid_for_once_and_known_then(sweeper: Sweeper) -> None:
     sweeper.add("a")
     sweeper.add("compiled", PER_FLOP, once=200.0)
