@@ -57,7 +57,8 @@ def _added(subparsers: argparse._SubParsersAction[Parser], chosen: str | None) -
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("expface_kernels"):
                 raise
-            raise ValueError(f"needs {error.name}: pip install 'expface_kernels[{EXTRA}]'") from error
+            package = error.name.partition(".")[0]
+            raise ValueError(f"needs {package}: pip install 'expface_kernels[{EXTRA}]'") from error
         loaded.add_parser(subparsers)
     return loaded
 

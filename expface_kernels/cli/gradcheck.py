@@ -88,6 +88,8 @@ def _default_device(backend: str) -> str:
 
 def _check_serves(backend: str, dtype: torch.dtype, device: str) -> None:
     """ValueError with the backend's own reason."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"argument --device: expected cpu, cuda or cuda:N, got {device!r}")
     if backend == "triton" and backends.available()["triton"] != "ok":
         raise ValueError(
             f"argument --backend: triton cannot run here: {backends.available()['triton']}; with "

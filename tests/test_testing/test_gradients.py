@@ -27,8 +27,8 @@ def _failed(report: GradientReport) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("target_gradient", ["exact", "detached"])
-def test_every_margin_passes_on_every_batch(target_gradient: str) -> None:
-    for margin in MARGINS[:: 3 if target_gradient == "exact" else 4]:
+def test_margins_pass_on_every_batch(target_gradient: str) -> None:
+    for margin in MARGINS[:: 5 if target_gradient == "exact" else 7]:
         assert_gradients(margin, target_gradient=target_gradient, kinds=KINDS, **SMALL)
 
 
