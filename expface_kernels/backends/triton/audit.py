@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from expface_kernels.backends.triton import interpreted
+from expface_kernels.backends.triton import interpreted, tuning
 from expface_kernels.backends.triton.recording import Case, launches
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -193,23 +193,26 @@ def _inspected(result: Any, arch: str) -> dict[str, Any]:
 
 
 def tasks(
-    architectures: list[str], features: list[int], cases: list[str], everything: bool = False
+    architectures: list[str], features: list[int] | None, cases: list[str], everything: bool = False
 ) -> list[tuple[str, int, str]]:
-    """Every case at THOROUGH_FEATURES; at other D only the plain one, unless `everything`."""
-    return [
-        (arch, d, name)
-        for arch in architectures
-        for d in features
-        for name in cases
-        if everything or d == THOROUGH_FEATURES or name == "bf16" or len(cases) == 1
-    ]
+    """Every case at THOROUGH_FEATURES and D that were measured; at others the plain one, unless `everything`.
+
+    features: None for FEATURES and all that were measured on the architecture.
+    """
+    wanted = []
+    for arch in architectures:
+        measured = {int(key.split()[0]) for key in tuning.table().get(arch, {"tiles": {}})["tiles"]}
+        for d in sorted({*FEATURES, *measured} if features is None else features):
+            thorough = everything or d in measured or d == THOROUGH_FEATURES or len(cases) == 1
+            wanted += [(arch, d, name) for name in cases if thorough or name == "bf16"]
+    return wanted
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m expface_kernels.backends.triton.audit")
     parser.add_argument("--json", action="store_true", help="findings as JSON")
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
-    parser.add_argument("--features", nargs="+", type=int, default=list(FEATURES))
+    parser.add_argument("--features", nargs="+", type=int, help=f"default: {FEATURES} and those measured")
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--all", action="store_true", help="every case at every D, which takes long")
     options = parser.parse_args(argv)

@@ -21,6 +21,7 @@ WARPS = (4, 8)
 STAGES = (2, 3, 4)
 # Accumulators a thread: fewer leave the tensor cores idle, more leave no registers for anything else.
 LEAST_ACCUMULATORS, MOST_ACCUMULATORS = 32, 128
+REGISTER_OPERANDS = ("sm_80", "sm_86", "sm_87", "sm_89", "gfx942")
 UNKNOWN_SHARED = 101_376
 """Bytes a block that every architecture with the kernels' instructions has (sm_86, sm_89, sm_120)."""
 
@@ -40,20 +41,21 @@ class Setting:
 
 
 def shared_bytes(role: str, tile: Tile, setting: Setting) -> int:
-    """Shared memory of a tile's pipeline: `stages` copies of both blocks in the dtypes they are loaded in.
+    """Shared memory of a tile: copies of both blocks in the dtypes they are loaded in; later, the result.
 
-    A stored float32 that is cast in the tile is there once more, as the product takes it.
+    A stored float32 that is cast in the tile is there once more, as the product takes it. An upper estimate:
+    the compiler keeps some of it in registers.
     """
     first, second = setting.product.itemsize, setting.product.itemsize
     cast = 0
-    if role in ("forward", "forward_more"):
+    if role in ("forward", "forward_more", "probability"):
         second = setting.stored.itemsize
         cast = tile.bn * tile.bk * setting.product.itemsize
-    elif role == "probability":
-        first = setting.stored.itemsize
-        cast = tile.bm * tile.bk * setting.product.itemsize
-    staged = tile.stages * tile.bk * (tile.bm * first + tile.bn * second)
-    return staged + (cast if setting.stored != setting.product else 0)
+    # Matrix instructions that read registers, as before sm_90 and on AMD, leave the last stage's copy there.
+    copies = tile.stages - 1 if setting.arch in REGISTER_OPERANDS else tile.stages
+    staged = copies * tile.bk * (tile.bm * first + tile.bn * second)
+    staged += cast if setting.stored != setting.product else 0
+    return max(staged, tile.bm * tile.bn * setting.product.itemsize)
 
 
 def _divides(size: int) -> bool:
