@@ -4,7 +4,7 @@
     plan.py                      what a call computes in and holds
     launch.py                    what every call starts with; forward.py and backward.py the order of launches
     calls.py                     how a launch or a library product is made
-    tuning.py, tuned.json        block sizes by architecture, features and dtypes: rules, and what was measured
+    tuning.py, tuned.json        block sizes by architecture, D and dtypes: rules, and what was measured
     autotune.py, candidates.py   the tool that measures; audit.py, costs.py (over recording.py) need no GPU
 
 With TRITON_INTERPRET=1 set before its first use it takes CPU tensors, for tests without a GPU.
