@@ -113,7 +113,10 @@ class Meter:
             # The process must find bench, and peers from elsewhere, where this one does.
             env = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
             command, pipe = [sys.executable, "-m", "bench.memory", job], subprocess.PIPE
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+            # In a session of its own: an interrupt from the keyboard is for us, who end it.
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, text=True, env=env, start_new_session=True
+            )
         return self._process
 
 

@@ -166,42 +166,47 @@ class Run:
     def _timed(self, points: list[Point], inputs: Inputs, budget: Budget) -> list[Point]:
         """The points with seconds; what would not end within the budget, or fails, says so."""
         found = {point.peer: point for point in points}
-        steps: dict[str, Step] = {}
-        a_round = 0.0
-        for point in points:
-            if point.reason is not None:
-                continue
-            key = point.peer, point.case.backward
-            step_seconds = self.costs.step(key, point.case.flops)
-            needed = self.costs.once(key) + 2 * step_seconds
-            if needed + a_round > budget.left:
-                reason = (
-                    f"no time was left for a step of about {step_seconds:.1g} s" if step_seconds else NO_TIME
-                )
-                found[point.peer] = dataclasses.replace(point, reason=reason)
-                continue
-            try:
-                steps[point.peer] = self._warmed_up(point, inputs.of(point.case), budget)
-            except Exception as error:  # a peer may raise anything; the others go on
-                found[point.peer] = _failed(point, error)
-                continue
-            a_round += self.costs.step(key, point.case.flops)
+        steps = self._steps(found, inputs, budget)
+        a_round = sum(self._step_seconds(found[name]) for name in steps)
         # Compiling and whatever was not known may have used up this shape's time. One round may take some of
         # the other shapes', but not most of it.
         for name in reversed(list(steps)):
             if a_round > max(budget.left, self._whole.left / 2):
-                own = found[name]
-                a_round -= self.costs.step((name, own.case.backward), own.case.flops)
+                a_round -= self._step_seconds(found[name])
                 del steps[name]
-                found[name] = dataclasses.replace(own, reason=NO_TIME)
+                found[name] = dataclasses.replace(found[name], reason=NO_TIME)
         if steps:
-            inputs = inputs.of(dataclasses.replace(inputs.case, backward=points[0].case.backward))
-            go_on = lambda: budget.left > a_round  # noqa: E731
-            seconds = time_run(steps, inputs, self.plan.rounds, go_on=go_on, clock=self.clock)
+            inputs = inputs.of(next(found[name].case for name in steps))
+            seconds = time_run(
+                steps, inputs, self.plan.rounds, go_on=lambda: budget.left > a_round, clock=self.clock
+            )
             for name, values in seconds.items():
                 found[name] = dataclasses.replace(found[name], seconds=tuple(values))
         inputs.drop_gradients()
         return list(found.values())
+
+    def _steps(self, found: dict[str, Point], inputs: Inputs, budget: Budget) -> dict[str, Step]:
+        """Steps that have warmed up, with time left for a round of them; `found` gets the others' reasons."""
+        steps: dict[str, Step] = {}
+        a_round = 0.0
+        for name, point in found.items():
+            if point.reason is not None:
+                continue
+            one = self._step_seconds(point)
+            if a_round + self.costs.once(_key(point)) + 2 * one > budget.left:
+                reason = f"{NO_TIME} for a step of about {one:.1g} s" if one else NO_TIME
+                found[name] = dataclasses.replace(point, reason=reason)
+                continue
+            try:
+                steps[name] = self._warmed_up(point, inputs.of(point.case), budget)
+            except Exception as error:  # a peer may raise anything; the others go on
+                found[name] = _failed(point, error)
+                continue
+            a_round += self._step_seconds(point)
+        return steps
+
+    def _step_seconds(self, point: Point) -> float:
+        return self.costs.step(_key(point), point.case.flops)
 
     def _warmed_up(self, point: Point, inputs: Inputs, budget: Budget) -> Step:
         """A step that has run once or twice; what it took is learnt."""
@@ -214,7 +219,7 @@ class Run:
             run_step(step, inputs)
             last = self.clock() - start
         once = first - last if peers.get(point.peer).compiles else 0.0
-        self.costs.learn((point.peer, inputs.case.backward), inputs.case.flops, last, once)
+        self.costs.learn(_key(point), point.case.flops, last, once)
         return step
 
     def _weighed(self, points: list[Point], case: Case, budget: Budget) -> list[Point]:
@@ -222,15 +227,20 @@ class Run:
         if (reason := memory.unavailable(case.device)) is not None:
             return [_noted(point, reason) for point in points]
         names = list(dict.fromkeys(point.peer for point in points if point.seconds))
+        # Forwards alone come last, where time is short.
+        order = sorted(range(len(points)), key=lambda i: not points[i].case.backward)
+        points = list(points)
         with memory.Meter(case, names) as meter:
-            return [self._with_memory(point, meter, budget) for point in points]
+            for i in order:
+                points[i] = self._with_memory(points[i], meter, budget)
+        return points
 
     def _with_memory(self, point: Point, meter: memory.Meter, budget: Budget) -> Point:
         if not point.seconds:
             return point
         point = dataclasses.replace(point, roofline_seconds=self._roofline(point))
-        key, peer = (point.peer, point.case.backward, "memory"), peers.get(point.peer)
-        steps = memory.STEPS + peer.compiles
+        key = (*_key(point), "memory")
+        steps = memory.STEPS + peers.get(point.peer).compiles
         step_seconds = max(point.seconds)
         if self.costs.once(key) + steps * step_seconds > budget.left:
             return _noted(point, f"its memory: {NO_TIME}")
@@ -271,6 +281,11 @@ def held_by_others(name: str, names: tuple[str, ...], case: Case) -> int:
         else:
             others += peer.held_bytes(own)
     return others + (0 if isinstance(peers.get(name), Ours) else ours)
+
+
+def _key(point: Point) -> tuple[str, bool]:
+    """What its costs are known by."""
+    return point.peer, point.case.backward
 
 
 def _weight(backward: bool) -> float:
