@@ -5,9 +5,8 @@ B rows of this process · C classes · D features
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +27,17 @@ from expface_kernels.checks import (
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, margin_cross_entropy, topk_cosine
 from expface_kernels.margins import ExpFace, MarginFunction, describe
 from expface_kernels.partial_fc.centres import initialize, sharded_parameter
-from expface_kernels.partial_fc.comm import Ranks, check_agreement
+from expface_kernels.partial_fc.comm import Ranks
 from expface_kernels.partial_fc.loss import Setting, partial_loss, partial_topk
+from expface_kernels.partial_fc.module import CentreModule
 from expface_kernels.partial_fc.ranges import ClassRange, shard_ranges
-from expface_kernels.partial_fc.replication import refuse_ddp
 from expface_kernels.partial_fc.sampling import Sampler
 from expface_kernels.stats import BatchStats
 
 STEP_KEY = "sampling_step"
 
 
-class MarginSoftmaxHead(nn.Module):
+class MarginSoftmaxHead(CentreModule):
     """Class centres and their margin-softmax loss; trains with the published recipe's gradient ("detached").
 
     `head(embeddings, labels)` is `margin_cross_entropy` over all of `head.weight`; see there for shapes,
@@ -75,6 +74,21 @@ class MarginSoftmaxHead(nn.Module):
             is.
         device, dtype: of the centres; None is torch's default, or with an NCCL group the current GPU.
     """
+
+    CHECKS: ClassVar[dict[str, Callable[[Any], None]]] = {
+        "margin": check_margin,
+        "scale": check_scale,
+        "reduction": check_reduction,
+        "sample_rate": check_sample_rate,
+        "sparse_grad": lambda value: check_flag("sparse_grad", value),
+        "ignore_index": lambda value: check_integer("ignore_index", value),
+        "target_gradient": check_target_gradient,
+        "gradient_tolerance": check_gradient_tolerance,
+        "embedding_grad_scale": check_embedding_grad_scale,
+        "equal_rows": lambda value: check_flag("equal_rows", value),
+        "workspace_bytes": lambda value: check_integer("workspace_bytes", value, least=0),
+        "backend": backends.check_name,
+    }
 
     def __init__(
         self,
@@ -122,9 +136,9 @@ class MarginSoftmaxHead(nn.Module):
             self.backend = backend
             self.seed = seed
         except (TypeError, ValueError) as error:
-            _agree(self._ranks, {}, str(error))
+            self._tell_of_failure(error)
             raise
-        _agree(self._ranks, self._construction(dtype), None)
+        self._agree(self._construction(dtype))
         self._step = 0
         self._make_weight(device, dtype)
         self.reset_parameters()
@@ -147,16 +161,9 @@ class MarginSoftmaxHead(nn.Module):
         local = torch.empty(self._shard.size, self.embedding_size, device=device, dtype=dtype)
         self.weight = sharded_parameter(local, self.num_classes, ranks)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        check = _ASSIGNED.get(name)
-        if check is not None:
-            check(value)
-            _check_group_option(name, value, self._ranks)
-        if name == "margin":
-            # A margin may be a module or not: torch would not let one replace the other.
-            self.__dict__.pop(name, None)
-            self.__dict__.get("_modules", {}).pop(name, None)
-        super().__setattr__(name, value)
+    def _check_assigned(self, name: str, value: Any) -> None:
+        super()._check_assigned(name, value)
+        _check_group_option(name, value, self._ranks)
 
     def reset_parameters(self) -> None:
         """Draw the centres anew from `seed`: the same ones on every device and for every number of ranks."""
@@ -170,16 +177,6 @@ class MarginSoftmaxHead(nn.Module):
         weight: Any = self.weight
         local: Tensor = weight if self._ranks is None else weight.to_local()
         return local
-
-    @property
-    def class_start(self) -> int:
-        """First class of this process."""
-        return self._shard.start
-
-    @property
-    def num_local(self) -> int:
-        """Number of classes of this process; 0 on late ranks where there are few classes."""
-        return self._shard.size
 
     @property
     def sampling_step(self) -> int:
@@ -246,14 +243,6 @@ class MarginSoftmaxHead(nn.Module):
             equal_rows=self.equal_rows,
         )
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module; DistributedDataParallel, which must not replicate shards, gets a RuntimeError."""
-        if self._ranks is not None:
-            refuse_ddp(self, sys._getframe(1))
-        return super().named_parameters(prefix, recurse, remove_duplicate)
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.sample_rate < 1:
@@ -287,17 +276,6 @@ def _check_group_option(name: str, value: Any, ranks: Ranks | None) -> None:
         raise ValueError(f"{name}: expected {default} without process_group, got {value}")
 
 
-def _agree(ranks: Ranks | None, told: dict[str, str], error: str | None) -> None:
-    """Where the head is built: ValueError on every rank unless all told the same and none raised."""
-    if ranks is None:
-        return
-    try:
-        check_agreement(told, error, ranks, "the head")
-    except ValueError:
-        if error is None:
-            raise  # the rank with the error raises its own
-
-
 # What the ranks of a group must build alike, beside the margin and the dtype.
 _BUILT_ALIKE = (
     "num_classes",
@@ -311,19 +289,3 @@ _BUILT_ALIKE = (
     "equal_rows",
     "seed",
 )
-
-# What an attribute may be assigned, checked when it is.
-_ASSIGNED: dict[str, Callable[[Any], None]] = {
-    "margin": check_margin,
-    "scale": check_scale,
-    "reduction": check_reduction,
-    "sample_rate": check_sample_rate,
-    "sparse_grad": lambda value: check_flag("sparse_grad", value),
-    "ignore_index": lambda value: check_integer("ignore_index", value),
-    "target_gradient": check_target_gradient,
-    "gradient_tolerance": check_gradient_tolerance,
-    "embedding_grad_scale": check_embedding_grad_scale,
-    "equal_rows": lambda value: check_flag("equal_rows", value),
-    "workspace_bytes": lambda value: check_integer("workspace_bytes", value, least=0),
-    "backend": backends.check_name,
-}

@@ -7,12 +7,10 @@ B rows of this rank · N rows of all ranks · D features · C classes of this ra
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -31,10 +29,10 @@ from expface_kernels.compat.insightface_margins import (
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, Negatives
 from expface_kernels.margins import Margin, describe
 from expface_kernels.partial_fc.centres import initialize
-from expface_kernels.partial_fc.comm import Ranks, check_agreement
+from expface_kernels.partial_fc.comm import Ranks
 from expface_kernels.partial_fc.loss import Setting, partial_loss
+from expface_kernels.partial_fc.module import CentreModule
 from expface_kernels.partial_fc.ranges import insightface_ranges
-from expface_kernels.partial_fc.replication import refuse_ddp
 from expface_kernels.partial_fc.sampling import draw, mixed_seed
 from expface_kernels.reference import normalize, pair_angle
 
@@ -42,7 +40,7 @@ FILTER_TILE_ELEMENTS = 1 << 23
 """Logits that are there at a time while cosines are filtered: 32 MB of float32, a few times over."""
 
 
-class PartialFC_V2(nn.Module):
+class PartialFC_V2(CentreModule):
     """Class centres over the ranks of torch's default group and their margin softmax, as InsightFace has it.
 
     Called with this rank's rows, local_embeddings (B, D) and local_labels (B,) or (B, 1), it returns the
@@ -79,6 +77,18 @@ class PartialFC_V2(nn.Module):
     least, and keeps no logits; with sample_rate < 1 besides, the sampled centres are copied.
     """
 
+    CHECKS: ClassVar[dict[str, Callable[[Any], None]]] = {
+        "sample_rate": check_sample_rate,
+        "fp16": lambda value: check_flag("fp16", value),
+        "scale": lambda value: None if value is None else check_scale(value),
+        "margin_softmax": check_margin_loss,
+        "ignore_index": lambda value: check_integer("ignore_index", value),
+        "workspace_bytes": lambda value: check_integer("workspace_bytes", value, least=0),
+        "backend": backends.check_name,
+    }
+    MARGIN = "margin_softmax"
+    BUILT = "PartialFC_V2"
+
     def __init__(
         self,
         margin_loss: Any,
@@ -109,13 +119,9 @@ class PartialFC_V2(nn.Module):
             self.backend = "auto"
             told = self._construction()
         except (TypeError, ValueError) as error:
-            if self._ranks is not None:
-                # What all ranks are told; here the error itself is better.
-                with contextlib.suppress(ValueError):
-                    check_agreement({}, str(error), self._ranks, "PartialFC_V2")
+            self._tell_of_failure(error)
             raise
-        if self._ranks is not None:
-            check_agreement(told, None, self._ranks, "PartialFC_V2")
+        self._agree(told)
         warn_of_dropped(margin_loss)
         self._shard = insightface_ranges(num_classes, self.world_size)[self.rank]
         self.weight = nn.Parameter(torch.empty(self.num_local, embedding_size))
@@ -139,32 +145,12 @@ class PartialFC_V2(nn.Module):
         check_scale(known.scale)
         return known
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        check = _ASSIGNED.get(name)
-        if check is not None:
-            check(value)
-        if name == "margin_softmax":
-            # Theirs is a module, ours is not: torch would not let one replace the other.
-            self.__dict__.pop(name, None)
-            self.__dict__.get("_modules", {}).pop(name, None)
-        super().__setattr__(name, value)
-
     def reset_parameters(self) -> None:
         """Draw the centres anew, normal(0, 0.01), from a seed that torch's global random state gives.
 
         Ranks with the same seed draw different rows: those of one head over all classes.
         """
         initialize(self.weight, self._shard, _global_seed())
-
-    @property
-    def class_start(self) -> int:
-        """First class of this rank."""
-        return self._shard.start
-
-    @property
-    def num_local(self) -> int:
-        """Number of classes of this rank; 0 on late ranks where there are fewer classes than ranks."""
-        return self._shard.size
 
     @property
     def num_sample(self) -> int:
@@ -200,14 +186,6 @@ class PartialFC_V2(nn.Module):
             negatives=negatives,
         )
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module; DistributedDataParallel, which must not replicate shards, gets a RuntimeError."""
-        if self._ranks is not None:
-            refuse_ddp(self, sys._getframe(1))
-        return super().named_parameters(prefix, recurse, remove_duplicate)
-
     def extra_repr(self) -> str:
         margin = (
             f", margin_softmax={self.margin_softmax!r}" if isinstance(self.margin_softmax, Margin) else ""
@@ -217,18 +195,6 @@ class PartialFC_V2(nn.Module):
             f"sample_rate={self.sample_rate}, fp16={self.fp16}, "
             f"classes {self._shard.start} to {self._shard.stop} of rank {self.rank}"
         )
-
-
-# What an attribute may be assigned, checked when it is.
-_ASSIGNED: dict[str, Callable[[Any], None]] = {
-    "sample_rate": check_sample_rate,
-    "fp16": lambda value: check_flag("fp16", value),
-    "scale": lambda value: None if value is None else check_scale(value),
-    "margin_softmax": check_margin_loss,
-    "ignore_index": lambda value: check_integer("ignore_index", value),
-    "workspace_bytes": lambda value: check_integer("workspace_bytes", value, least=0),
-    "backend": backends.check_name,
-}
 
 
 def _global_seed() -> int:

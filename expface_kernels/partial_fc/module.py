@@ -1,0 +1,74 @@
+"""What heads have in common that own the centres of some classes: their range, checks, no replication.
+
+D features
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from torch import nn
+
+from expface_kernels.partial_fc.comm import Ranks, check_agreement
+from expface_kernels.partial_fc.ranges import ClassRange
+from expface_kernels.partial_fc.replication import refuse_ddp
+
+
+class CentreModule(nn.Module):
+    """Base of a module whose parameter `weight` holds this rank's centres, (num_local, D).
+
+    A subclass sets `_ranks` (None: this process has all classes) before anything else, and `_shard`.
+    """
+
+    _ranks: Ranks | None
+    _shard: ClassRange
+
+    CHECKS: ClassVar[dict[str, Callable[[Any], None]]] = {}
+    """What an attribute may be assigned, checked when it is."""
+    MARGIN: ClassVar[str] = "margin"
+    """The attribute that may be a module or not: torch would not let one replace the other."""
+    BUILT: ClassVar[str] = "the head"
+    """What ranks are told that they do not build alike."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.CHECKS:
+            self._check_assigned(name, value)
+        if name == self.MARGIN:
+            self.__dict__.pop(name, None)
+            self.__dict__.get("_modules", {}).pop(name, None)
+        super().__setattr__(name, value)
+
+    def _check_assigned(self, name: str, value: Any) -> None:
+        self.CHECKS[name](value)
+
+    @property
+    def class_start(self) -> int:
+        """First class of this process."""
+        return self._shard.start
+
+    @property
+    def num_local(self) -> int:
+        """Number of classes of this process; 0 on late ranks where there are few classes."""
+        return self._shard.size
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; DistributedDataParallel, which must not replicate shards, gets a RuntimeError."""
+        if self._ranks is not None:
+            refuse_ddp(self, sys._getframe(1))
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def _agree(self, told: dict[str, str]) -> None:
+        """Where it is built: ValueError on every rank unless all told the same and none failed."""
+        if self._ranks is not None:
+            check_agreement(told, None, self._ranks, self.BUILT)
+
+    def _tell_of_failure(self, error: Exception) -> None:
+        """In `_agree`'s place on a rank that is about to raise: the others raise too."""
+        if self._ranks is not None:
+            with contextlib.suppress(ValueError):  # what all ranks are told; here the error itself is better
+                check_agreement({}, str(error), self._ranks, self.BUILT)
