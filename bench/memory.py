@@ -16,19 +16,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from bench import cuda, machine, peers
+from bench import cuda, peers
 from bench.cases import LARGEST_WITH_LOGITS, Case, Inputs
 from bench.measure import run_step
 from bench.peers.base import Step, terms
 from bench.result import Memory
 from expface_kernels import backends
+from expface_kernels.machine import proc_bytes
 
 TINY_ROWS, TINY_CLASSES = 8, 64
 STEPS = 2
@@ -132,15 +133,24 @@ def _extra_bytes(name: str, inputs: Inputs) -> int:
     if case.device == "cuda":
         return allocated_bytes(step, inputs)
     inputs.drop_gradients()
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            run_step(step, inputs)
+
+    return resident_growth(steps) - case.gradient_bytes
+
+
+def resident_growth(action: Callable[[], object]) -> int:
+    """Bytes of resident memory at this process's peak while `action` runs, less what was there before."""
     _trim()
     _CLEAR_REFS.write_text("5")
-    before = machine.proc_bytes(_STATUS, "VmRSS")
-    for _ in range(STEPS):
-        run_step(step, inputs)
-    peak = machine.proc_bytes(_STATUS, "VmHWM")
+    before = proc_bytes(_STATUS, "VmRSS")
+    action()
+    peak = proc_bytes(_STATUS, "VmHWM")
     assert before is not None
     assert peak is not None
-    return peak - before - case.gradient_bytes
+    return peak - before
 
 
 def allocated_bytes(step: Step, inputs: Inputs) -> int:

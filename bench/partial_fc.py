@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bench import machine
 from bench.measure import Spread, no_garbage_collection, turn
-from bench.memory import _CLEAR_REFS, _STATUS, _trim, unavailable
+from bench.memory import resident_growth, unavailable
 from expface_kernels import MarginSoftmaxHead, reference
 from expface_kernels.partial_fc.sampling import Sampler
 from tests.tolerances import CAPS, relative_error
@@ -133,14 +133,7 @@ def print_draw_bytes(classes: int, size: int, rows: int) -> None:
     torch.set_num_threads(1)
     targets = torch.randint(classes, (rows,))
     Sampler(0.5, 0, 0, 0)(torch.zeros(1, dtype=torch.int64), 64)
-    _trim()
-    _CLEAR_REFS.write_text("5")
-    before = machine.proc_bytes(_STATUS, "VmRSS")
-    Sampler(size / classes, 0, 0, 0)(targets, classes)
-    peak = machine.proc_bytes(_STATUS, "VmHWM")
-    assert before is not None
-    assert peak is not None
-    print(peak - before)
+    print(resident_growth(lambda: Sampler(size / classes, 0, 0, 0)(targets, classes)))
 
 
 def wrong(sizes: Sizes) -> str | None:

@@ -25,12 +25,12 @@ _OPENMP = re.compile(r"/(?:libgomp|libomp|libiomp5|libomp5|vcomp)[^/]*$")
 
 def available_bytes() -> int | None:
     """Memory that can be had without swapping."""
-    return _proc_bytes("/proc/meminfo", "MemAvailable")
+    return proc_bytes("/proc/meminfo", "MemAvailable")
 
 
 def memory_bytes() -> int | None:
     """All memory of the machine."""
-    return _proc_bytes("/proc/meminfo", "MemTotal")
+    return proc_bytes("/proc/meminfo", "MemTotal")
 
 
 def cpu_model() -> str:
@@ -68,14 +68,18 @@ def openmp_runtimes() -> list[str] | None:
     return sorted(path for path in paths if _OPENMP.search(path))
 
 
+def version_of(package: str) -> str | None:
+    """Of an installed package; None for one that is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str | None]:
     """Of Python, this package and what it computes with; None where that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("expface_kernels", *PACKAGES):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+    found |= {package: version_of(package) for package in ("expface_kernels", *PACKAGES)}
     found["torch"] = torch.__version__  # with its build: +cpu, +cu130
     return found
 
@@ -122,7 +126,7 @@ def _proc_field(path: str, field: str) -> str | None:
     return next((value.strip() for name, _, value in found if name.strip() == field), None)
 
 
-def _proc_bytes(path: str, field: str) -> int | None:
+def proc_bytes(path: str, field: str) -> int | None:
     """A field that /proc gives in kB."""
     value = _proc_field(path, field)
     return None if value is None else int(value.split()[0]) * 1024

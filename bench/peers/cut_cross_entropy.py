@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench import machine
 from bench.cases import Case, Inputs
 from bench.peers.base import GPU_ONLY, NO_MARGIN, Peer, Step, mode, not_installed, step_of
 from bench.peers.normalised import normalising_bytes, operands
+from expface_kernels.machine import version_of
 
 PACKAGE = "cut-cross-entropy"
 
@@ -23,7 +23,7 @@ class CutCrossEntropy(Peer):
         self.name = self.implementation = implementation
 
     def label(self, case: Case) -> str:
-        version = machine.versions(PACKAGE)[PACKAGE]
+        version = version_of(PACKAGE)
         return f"{PACKAGE} {version}, {self.implementation}, no chunks ({mode(self, case)})"
 
     def missing(self, case: Case) -> str | None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import machine
 from bench.cases import Case, Inputs
 from bench.peers.base import GPU_ONLY, NO_MARGIN, Peer, Step, mode, not_installed, step_of
 from bench.peers.normalised import normalising_bytes, operands
+from expface_kernels.machine import version_of
 
 PACKAGE = "liger-kernel"
 MODULE, FUNCTION = "liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction"
@@ -58,7 +58,7 @@ class Liger(Peer):
     compiles = True  # Triton
 
     def label(self, case: Case) -> str:
-        version = machine.versions(PACKAGE)[PACKAGE]
+        version = version_of(PACKAGE)
         chunk = f"chunks of {chunk_rows(case, self._factor(case)):,} rows" if version else "chunks of rows"
         return f"{PACKAGE} {version}, {chunk} ({mode(self, case)})"
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import machine
 from bench.cases import DTYPES, MARGINS, Case, Inputs
 from bench.peers import eager
 from bench.peers.base import Peer, Step, mode, not_installed, step_of
+from expface_kernels.machine import version_of
 
 PACKAGE = "pytorch-metric-learning"
 
@@ -28,7 +28,7 @@ class MetricLearning(Peer):
         self.loss = loss
 
     def label(self, case: Case) -> str:
-        version = machine.versions(PACKAGE)[PACKAGE]
+        version = version_of(PACKAGE)
         return f"{PACKAGE} {version} {self.loss} ({mode(self, case)})"
 
     def missing(self, case: Case) -> str | None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import cuda, machine, peers
+from bench import cuda, peers
 from bench.cases import DEVICES, MARGINS, Case
 from bench.gate import check_all
 from bench.peers import base, liger
@@ -147,7 +147,7 @@ def test_every_peer_that_runs_here_says_what_it_would_need() -> None:
 def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "available_bytes", lambda: 10 * 10**9)
-    monkeypatch.setattr(machine, "proc_bytes", lambda path, field: 10**15)
+    monkeypatch.setattr("expface_kernels.machine.proc_bytes", lambda path, field: 10**15)
     eager = peers.get("eager")
     case = Case(1024, 1_000_000, 512, device="cuda", autocast="bfloat16")
     assert "of the 10 GB" in str(eager.why_not(case))
