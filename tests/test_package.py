@@ -35,7 +35,7 @@ LAYERS = {
     "functional": 4,
     "partial_fc": 5,
     "testing": 5,
-    "plan": 5,
+    "plan": 6,
     "heads": 6,
     "": 7,  # the package's own __init__
     "checkpoint": 8,

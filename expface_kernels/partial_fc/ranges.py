@@ -24,9 +24,14 @@ def shard_ranges(num_classes: int, world_size: int) -> list[ClassRange]:
     class or rank.
     """
     _check(num_classes, world_size)
-    chunk = -(-num_classes // world_size)
+    chunk = largest_shard(num_classes, world_size)
     starts = [min(rank * chunk, num_classes) for rank in range(world_size)]
     return [ClassRange(start, min(chunk, num_classes - start)) for start in starts]
+
+
+def largest_shard(num_classes: int, world_size: int) -> int:
+    """⌈C/W⌉, classes of the first of `shard_ranges`."""
+    return -(-num_classes // world_size)
 
 
 def insightface_ranges(num_classes: int, world_size: int) -> list[ClassRange]:

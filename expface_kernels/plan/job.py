@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from expface_kernels.backends.base import Request
-from expface_kernels.checks import FLOATS, check_choice, check_integer
+from expface_kernels.checks import FLOATS, check_choice, check_integer, check_sample_rate
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
+from expface_kernels.partial_fc.ranges import largest_shard
+from expface_kernels.partial_fc.sampling import sample_size
 from expface_kernels.plan.devices import DEVICES
 from expface_kernels.plan.optimizers import FUSED, OPTIMIZERS, SPARSE_TEMPORARY
 
@@ -67,8 +69,7 @@ class Job:
         check_choice("dtype", self.dtype, allowed)
         if self.autocast is not None:
             check_choice("autocast", self.autocast, AUTOCASTS)
-        if not 0 < self.sample_rate <= 1:
-            raise ValueError(f"sample_rate: expected above 0 and at most 1, got {self.sample_rate}")
+        check_sample_rate(self.sample_rate)
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay: expected a finite number, 0 or more, got {self.weight_decay}")
         if self.fused and (self.optimizer not in FUSED or self.sparse_grad):
@@ -98,14 +99,13 @@ class Job:
 
     @property
     def local_classes(self) -> int:
-        """Of the fullest rank, as DTensor's Shard(0) cuts them."""
-        return -(-self.classes // self.ranks)
+        """Of the fullest rank."""
+        return largest_shard(self.classes, self.ranks)
 
     @property
     def active_classes(self) -> int:
-        """S: the rate's share, but room for as many as the global batch may have as targets."""
-        local = self.local_classes
-        return min(max(int(self.sample_rate * local), min(self.rows, local)), local)
+        """S of the fullest rank."""
+        return sample_size(self.sample_rate, self.local_classes, self.rows)
 
     @property
     def subset(self) -> bool:
