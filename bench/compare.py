@@ -56,6 +56,8 @@ def load(path: Path) -> Result | Sweep:
         data = json.loads(path.read_text())
         if not isinstance(data, dict):
             raise ValueError("expected a JSON object")
+        if data.get("kind") not in (None, sweep_result.KIND):
+            raise ValueError(f"schema: expected a single case or a sweep, got {data['kind']!r}")
         return Sweep.from_data(data) if data.get("kind") == sweep_result.KIND else Result.from_data(data)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error

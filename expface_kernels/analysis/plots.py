@@ -138,7 +138,8 @@ def _draw_lines(
     for i, margin in enumerate(margins):
         style = STYLES[i % len(STYLES)]
         x, y = torch.rad2deg(theta).numpy(), values(margin, theta).numpy()
-        axes.plot(x, y, style, color=f"C{i % 10}", label=curves.label(margin))
+        # Broken lines lie above whole ones, so that of two equal curves both are seen.
+        axes.plot(x, y, style, color=f"C{i % 10}", label=curves.label(margin), zorder=2 + (style != "-") / 2)
 
 
 def _angle_axis(axes: Axes) -> None:

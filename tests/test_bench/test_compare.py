@@ -97,6 +97,10 @@ def test_two_machines_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("{}", "schema: expected"),
         (json.dumps({"kind": "sweep", "schema": 99}), "schema: expected sweep 1, got sweep 99"),
         (json.dumps({"schema": 99}), "schema: expected 1, got 99"),
+        (
+            json.dumps({"kind": "model", "schema": 1}),
+            "schema: expected a single case or a sweep, got 'model'",
+        ),
         (json.dumps({"kind": "sweep", "schema": 1}), "not a result"),
         (json.dumps({"schema": 1}), "not a result"),
         (RESULT.to_json(), "one kind"),
