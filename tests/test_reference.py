@@ -16,7 +16,7 @@ from expface_kernels import ArcFace, ExpFace, NormFace
 from expface_kernels.margins import MarginFunction
 from expface_kernels.reference import cosine_lse, margin_cross_entropy, normalize, pair_angle
 from tests.cases import MARGINS, TARGET_GRADIENTS, batch, gen, leaves, textbook_loss, truth
-from tests.tolerances import assert_close, assert_rows_close
+from tests.tolerances import PAIR_ANGLE, assert_close, assert_rows_close
 
 F64 = torch.float64
 
@@ -118,7 +118,7 @@ def test_it_is_right_to_50_digits_where_float64_formulas_break(margin: MarginFun
 def test_the_angle_keeps_its_digits_at_both_ends(theta: float) -> None:
     x = torch.tensor([[2.0, 0.0]], dtype=F64)
     w = torch.tensor([[3 * math.cos(theta), 3 * math.sin(theta)]], dtype=F64)
-    assert float(pair_angle(x, w)) == pytest.approx(theta, rel=1e-12, abs=2e-16)
+    assert float(pair_angle(x, w)) == pytest.approx(theta, rel=PAIR_ANGLE[0], abs=PAIR_ANGLE[1])
 
 
 @pytest.mark.parametrize("factor", [4.0, 3.0, -4.0, -3.0])

@@ -31,8 +31,6 @@ UNIT_LENGTH = 1e-14  # of a float64 unit vector; also its product with one ortho
 UNIT_ENTRY = 1e-15  # relative, of a float64 quotient
 SUM_ORDER = 1e-6  # relative: the same float32 terms, summed in another order
 SAME_TRAINING = 1e-3  # relative: two runs of one seed, which threads sum in different orders
-EAGER_LOSS = 1e-5  # relative and absolute: two float32 heads against one another
-EAGER_GRADIENT = 1e-4, 1e-5  # the same of their gradients: relative, absolute
 CLOSED_FORM = 1e-12  # relative: a float64 formula against another way to write it
 CENTRAL_DIFFERENCE = 1e-6, 1e-8  # of a float64 curve over 1e-6: relative, absolute
 SIX_DIGITS = 1e-5  # relative: what is kept with six digits
@@ -64,3 +62,20 @@ PLANNED_SECONDS = (
     2.0  # a factor either way, of a step's and the rates' best times on a machine that others use
 )
 EXTRAPOLATED = 1e-4  # relative, of costs counted from a part of the classes
+
+# Of one thing each, where nothing of the above is meant.
+RANKS_LOSS, RANKS_GRADIENT = 1e-5, 1e-4  # relative, float32 elements: two ranks against one process
+CLIPPED = 1e-4  # relative: the square of a float32 norm after clipping
+FLOAT32_QUOTIENT = 1e-6  # relative
+DRAWN_30_000, DRAWN_64_000 = 0.03, 0.02  # relative: the deviation of so many normal draws, 7 of its own
+STORED_ANGLE = 1e-6  # radians: of float32 rows, which rounding moves by some 1e-7
+WORST_DEGREES, WORST_NEAR = 1e-3, 1e-3  # the same as a report tells it: degrees; relative, at 1e-3 radians
+PAIR_ANGLE = 1e-12, 2e-16  # a float64 angle at both ends: relative, absolute
+MIDDLE_RATE = 1e-4  # of a learning rate half a step from its middle
+PICTURED_COSINE = 1e-5  # a float32 cosine as a picture has it
+TEN_DIGITS = 1e-9  # against a number that was published with ten, or a line as a picture has it
+OPPOSITE_ROW = 1e-4  # of a loss of 154, at 3e-4 radians from its antipode
+ROUND_TRIP = 1e-15  # relative: 1/(1/s)
+PERCENTILE = 0.1  # degrees: one bin
+FOUND_ANGLE = 1e-6  # radians, or the cosine there: what a search found
+ADAMAX_EPS = 1e-7  # of a fresh state that Adamax keeps above its eps

@@ -16,7 +16,7 @@ from expface_kernels.analysis import describe
 from expface_kernels.analysis.curves import Interval, label
 from expface_kernels.margins import MarginFunction
 from tests.cases import MARGINS
-from tests.tolerances import CURVE
+from tests.tolerances import CURVE, FOUND_ANGLE
 
 PI = math.pi
 WHOLE = (Interval(0.0, PI),)
@@ -138,7 +138,7 @@ def test_a_margin_that_computes_in_float32_has_no_jumps_for_it() -> None:
     found = describe(lambda theta: torch.cos(theta.float()) - 0.25)
     assert found.monotonic
     assert found.jumps == found.weak == found.turns == found.vanishes == ()
-    assert found.cosine_peak == (pytest.approx(0.25, abs=1e-6), 0.0, PI)
+    assert found.cosine_peak == (pytest.approx(0.25, abs=FOUND_ANGLE), 0.0, PI)
 
 
 def test_a_floor_under_the_slope_is_nowhere_weak() -> None:
@@ -166,7 +166,7 @@ def test_jumps_of_ones_own_are_found_to_the_last_bit() -> None:
 
 
 def test_a_slope_may_touch_zero_smoothly_or_change_sign_at_a_point_of_the_grid() -> None:
-    assert describe(lambda theta: torch.cos(theta) ** 3).vanishes == (pytest.approx(PI / 2, abs=1e-6),)
+    assert describe(lambda theta: torch.cos(theta) ** 3).vanishes == (pytest.approx(PI / 2, abs=FOUND_ANGLE),)
     found = describe(lambda theta: -torch.sin(theta))
     assert found.turns == (near(PI / 2),)
     assert found.falls == (Interval(0.0, near(PI / 2)),)

@@ -16,7 +16,7 @@ from expface_kernels import ArcFace, BatchStats, CosFace, ExpFace, margin_cross_
 from expface_kernels.analysis import AngleCounts, AngularMonitor, plots
 from expface_kernels.analysis.angle_counts import FINE, PERCENTILES
 from tests.cases import KINDS, batch
-from tests.tolerances import ANGLE_MEAN
+from tests.tolerances import ANGLE_MEAN, PERCENTILE, TEN_DIGITS
 
 F64 = torch.float64
 FINE_BIN = math.pi / FINE
@@ -253,7 +253,7 @@ def test_a_writer_gets_scalars_and_histograms_of_the_closed_epoch(make: Any) -> 
         assert scalars[f"train/{name}_mean"] == pytest.approx(values.mean())
         for percent in (5, 25, 50, 75, 95):
             truth = np.percentile(values, percent, method="inverted_cdf")
-            assert scalars[f"train/{name}_p{percent:02d}"] == pytest.approx(truth, abs=0.1)
+            assert scalars[f"train/{name}_p{percent:02d}"] == pytest.approx(truth, abs=PERCENTILE)
         written, step = writer.histograms[f"train/{name}"]
         assert step == 2
         if make is RawWriter:
@@ -308,7 +308,7 @@ def test_the_picture_shows_the_rows_and_each_margins_boundary(tmp_path: Path) ->
     lines = {line.get_label(): line for line in axes.lines}
     assert list(lines)[1:] == [repr(margin) for margin in margins]
     theta, boundary = (np.asarray(values) for values in lines["ExpFace(m=0.7)"].get_data())
-    np.testing.assert_allclose(boundary[1:-1], 180 * (theta[1:-1] / 180) ** 0.7, rtol=1e-9)
+    np.testing.assert_allclose(boundary[1:-1], 180 * (theta[1:-1] / 180) ** 0.7, rtol=TEN_DIGITS)
     monitor.draw(tmp_path / "angles.png", margins)
     assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
     AngularMonitor().draw(tmp_path / "empty.png")

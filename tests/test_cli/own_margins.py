@@ -10,19 +10,23 @@ from torch import Tensor
 
 class _Cosine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, theta: Tensor) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, share: float) -> Tensor:
         ctx.save_for_backward(theta)
+        ctx.share = share
         return torch.cos(theta)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (theta,) = ctx.saved_tensors
-        return -0.9 * g * torch.sin(theta)
+        return -ctx.share * g * torch.sin(theta), None
 
 
 class WrongSlope:
-    """cos θ, with nine tenths of its slope."""
+    """cos θ, with a share of its slope."""
+
+    def __init__(self, share: float = 0.9) -> None:
+        self.share = share
 
     def __call__(self, theta: Tensor) -> Tensor:
-        psi: Tensor = _Cosine.apply(theta)
+        psi: Tensor = _Cosine.apply(theta, self.share)
         return psi

@@ -17,6 +17,8 @@ from expface_kernels import ArcFace, ExpFace, margin_cross_entropy
 from expface_kernels.margins import MarginFunction
 from expface_kernels.testing import KINDS, GradientReport, assert_gradients, check_gradients, policy
 from tests.cases import MARGINS
+from tests.test_cli.own_margins import WrongSlope
+from tests.tolerances import WORST_DEGREES, WORST_NEAR
 
 SMALL = {"rows": 12, "classes": 65, "features": 16}
 
@@ -81,7 +83,7 @@ def test_what_is_reported() -> None:
         angles[one.kind] = math.degrees(worst.angle or 0.0)
     assert angles["near_centre"] < 0.1
     assert angles["opposite"] > 179.9
-    assert angles["learnt"] == pytest.approx(35, abs=1e-3)
+    assert angles["learnt"] == pytest.approx(35, abs=WORST_DEGREES)
 
 
 def test_where_eager_loses_the_gradient_the_cap_holds() -> None:
@@ -179,31 +181,17 @@ def test_the_worst_row_is_named_with_its_angle() -> None:
     report = check_gradients(function=_no_dx_of_row_one, kinds=["near_centre"], **SMALL)
     worst = {q.name: q for q in report.batches[0].quantities}["dx, worst row"]
     assert (worst.row, worst.passed) == (1, False)
-    assert worst.angle == pytest.approx(1e-3, rel=1e-3)  # the second of the angles near a centre
+    assert worst.angle == pytest.approx(1e-3, rel=WORST_NEAR)  # the second of the angles near a centre
     assert any("row 1 at 0.0573 degrees" in line for line in report.failures())
     with pytest.raises(AssertionError, match="near_centre: dx, worst row"):
         assert_gradients(function=_no_dx_of_row_one, kinds=["near_centre"], **SMALL)
 
 
-class _WrongSlope(torch.autograd.Function):
-    """cos, with a slope that is not its own."""
-
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor) -> Tensor:
-        ctx.save_for_backward(theta)
-        return torch.cos(theta)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (theta,) = ctx.saved_tensors
-        return -0.99 * g * torch.sin(theta)
-
-
 def test_a_margin_with_a_wrong_slope_is_found_by_differences_alone() -> None:
     """Truth and eager run the same margin, and are wrong with it."""
-    found = _failed(check_gradients(_WrongSlope.apply, **SMALL))
+    found = _failed(check_gradients(WrongSlope(0.99), **SMALL))
     assert found == {(kind, "finite differences") for kind in ("random", "near_centre", "opposite", "learnt")}
-    assert not _failed(check_gradients(_WrongSlope.apply, target_gradient="detached", **SMALL))
+    assert not _failed(check_gradients(WrongSlope(0.99), target_gradient="detached", **SMALL))
 
 
 def test_a_margin_that_detaches_its_own_angle_is_not_exact() -> None:
