@@ -84,7 +84,7 @@ bench-sweep: $(VENV)/.installed  ## seconds and memory against C, B, D and works
 	$(PY) -m bench sweep --json $(RESULTS)/cpu-sweep.json --plots $(RESULTS)/cpu-sweep
 
 # `make bench-gpu PY=python3` takes the Python that is there: no network, no rich, no matplotlib are needed.
-bench-gpu: $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)  ## on this machine's GPU (10 minutes)
+bench-gpu: $(READY)  ## on this machine's GPU (10 minutes)
 	$(PY) -m bench gpu
 
 readme-tables: $(VENV)/.installed  ## README's tables and measured numbers, from bench/results

@@ -13,21 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expface_kernels import ArcFace, CombinedMargin, CosFace, ExpFace, NormFace, SphereFace
+from expface_kernels.checks import FLOATS
+from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS, MarginFunction
 
-MARGINS: dict[str, type] = {
-    "expface": ExpFace,
-    "arcface": ArcFace,
-    "cosface": CosFace,
-    "sphereface": SphereFace,
-    "combined": CombinedMargin,
-    "normface": NormFace,
-}
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 DEVICES = ("cpu", "cuda")
 AUTOCASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -14,7 +14,7 @@ PROGRAM = "python -m expface_kernels"
 COMMANDS = {
     "gradcheck": ("expface_kernels.cli.gradcheck", "judge loss and gradients against float64"),
     "plan": ("expface_kernels.cli.plan", "memory of a rank, seconds of a step, the fewest devices that fit"),
-    "curves": ("expface_kernels.analysis.cli", "what margins do over the angle: a table and pictures"),
+    "curves": ("expface_kernels.cli.curves", "what margins do over the angle: a table and pictures"),
     "info": ("expface_kernels.cli.info", "what this machine has, and which backends can run on it"),
 }
 EXTRA = "cli"

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import cuda, peers, show
-from bench.cases import AUTOCASTS, DEFAULT, DEVICES, DTYPES, MARGINS, MEMORY, MEMORY_CLASSES, TOY, Case
+from bench.cases import AUTOCASTS, DEFAULT, DEVICES, DTYPES, MEMORY, MEMORY_CLASSES, TOY, Case
 from bench.commands.options import Parser, add_peers, at_least, check_fits, existing_folder
 from bench.peers.base import terms
 from bench.report import print_report
 from bench.run import Plan, run
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
+from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
 
 ROUNDS, RUNS = 9, 3

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import cuda, plans, plots, show
-from bench.cases import MARGINS
 from bench.commands.options import Parser, add_peers, at_least, check_fits, checked_peers, existing_folder
 from bench.plans import Preset
 from bench.sweep import Plan, Run
 from bench.sweep_report import print_sweep
 from bench.sweep_result import AXES, Sweep
+from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

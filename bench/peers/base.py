@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bench import cuda, machine
-from bench.cases import AUTOCASTS, DEVICES, MARGINS, Case, Inputs
+from bench.cases import AUTOCASTS, DEVICES, Case, Inputs
+from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
 
 Step = Callable[[], Tensor]
@@ -31,7 +32,7 @@ class Peer(ABC):
     """Its first step at a new shape compiles."""
     devices: tuple[str, ...] = DEVICES
     margins: tuple[str, ...] = tuple(MARGINS)
-    """Names of bench.cases.MARGINS that it can do, its own first."""
+    """Names of expface_kernels.margin_spec.MARGINS that it can do, its own first."""
     gradients: tuple[str, ...] = TARGET_GRADIENTS
     """The target gradients that it can do."""
     sample_rate: float = 1.0

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, MARGINS, Case, Inputs
+from bench.cases import DTYPES, Case, Inputs
 from bench.peers import eager
 from bench.peers.base import Peer, Step, mode, not_installed, step_of
 from expface_kernels.machine import version_of
+from expface_kernels.margin_spec import MARGINS
 
 PACKAGE = "pytorch-metric-learning"
 
@@ -71,7 +72,7 @@ class MetricLearning(Peer):
     def _loss(self, case: Case) -> Any:
         from pytorch_metric_learning import losses
 
-        m = MARGINS[self.margins[0]]().m
+        m: float = vars(MARGINS[self.margins[0]]())["m"]
         if self.loss == "ArcFaceLoss":
             m = math.degrees(m)
         # With no classes at first: its own initialisation of the centres would take longer than the step.

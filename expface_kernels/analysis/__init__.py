@@ -5,7 +5,7 @@
     LabelNoiseRanker                          which samples look wrongly labelled
 
 Importing this loads neither matplotlib nor rich; drawing (`plots`, `AngularMonitor.draw`) and the command
-line (`cli`) need the extra `analysis`.
+`python -m expface_kernels curves` need the extra `analysis`.
 """
 
 from expface_kernels.analysis import curves

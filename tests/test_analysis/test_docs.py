@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from expface_kernels.__main__ import main
-from expface_kernels.analysis import AngularMonitor, LabelNoiseRanker, cli, plots
+from expface_kernels.analysis import AngularMonitor, LabelNoiseRanker, plots
+from expface_kernels.cli import curves
 from tests.test_package import ROOT
 
 PAGE = ROOT / "docs" / "curves.md"
@@ -51,7 +52,7 @@ def test_the_table_of_the_page_is_what_the_command_prints(
 
 def test_the_options_that_the_page_names_exist() -> None:
     parser = argparse.ArgumentParser()
-    cli.add_parser(parser.add_subparsers())
+    curves.add_parser(parser.add_subparsers())
     parser.parse_args(
         ["curves", "--margin", "arcface:0.5,boundary=monotonic", "--only", "--out", "x", "--json", "y"]
     )

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.cases import MARGINS, TARGET_DEGREES, TOY, Case
+from bench.cases import TARGET_DEGREES, TOY, Case
+from expface_kernels.margin_spec import MARGINS
 
 CASE = Case(rows=6, classes=40, features=16)
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from bench.cases import DEFAULT, MARGINS, Case
+from bench.cases import DEFAULT, Case
 from bench.gate import check, gate_case, truth
+from expface_kernels.margin_spec import MARGINS
 from tests.test_bench import strange_peers
 
 CASE = Case(rows=16, classes=100, features=32)

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import cuda, peers
-from bench.cases import DEVICES, MARGINS, Case
+from bench.cases import DEVICES, Case
 from bench.gate import check_all
 from bench.peers import base, liger
 from bench.peers.base import NO_MARGIN, autocast, terms
+from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
 
 CASE = Case(rows=16, classes=100, features=32)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from expface_kernels.analysis.curves import Description, Interval, Peak, describe, label
+from expface_kernels.cli.common import add_json, console, write_json
 from expface_kernels.margin_spec import FORMS, MARGINS, margin_argument
 from expface_kernels.margins import MarginFunction
-
-PLAIN_WIDTH = 120  # columns of a table that goes to a file
 
 
 def add_parser(subparsers: Any) -> None:
@@ -45,15 +42,13 @@ def add_parser(subparsers: Any) -> None:
         metavar="DIR",
         help="of the pictures (default out/curves)",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the table there too")
+    add_json(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     """Describe, draw, print; returns 0. ValueError or OSError, one line, before anything is drawn."""
     if options.only and not options.margin:
         raise ValueError("--only: expected at least one --margin beside it")
-    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
-        raise ValueError(f"--json: expected a file in a directory that exists, got {options.json}")
     margins = [*([] if options.only else (make() for make in MARGINS.values())), *options.margin]
     descriptions = [_described(margin) for margin in margins]
     try:
@@ -63,14 +58,11 @@ def main(options: argparse.Namespace) -> int:
             raise
         raise ValueError(f"needs {error.name}: pip install 'expface_kernels[analysis]'") from error
     files = plots.draw_views(margins, options.out)
-    if options.json is not None:
-        data = {"unit": "radians", "margins": [description.as_dict() for description in descriptions]}
-        options.json.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(width=PLAIN_WIDTH, highlight=False)
-    console.print(_table(descriptions))
-    console.print(f"Pictures: {', '.join(file.name for file in files)} in {options.out}/", soft_wrap=True)
+    data = {"unit": "radians", "margins": [description.as_dict() for description in descriptions]}
+    write_json(options.json, data)
+    out = console()
+    out.print(_table(descriptions))
+    out.print(f"Pictures: {', '.join(file.name for file in files)} in {options.out}/", soft_wrap=True)
     return 0
 
 

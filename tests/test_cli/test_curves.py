@@ -99,7 +99,7 @@ def test_a_picture_holds_a_line_for_each_margin_with_its_values() -> None:
         (["--bogus"], "unrecognized arguments: --bogus"),
         (
             ["--json", "/nowhere/at/all.json"],
-            "expected a file in a directory that exists, got /nowhere/at/all.json",
+            "expected a file in a directory that exists, got '/nowhere/at/all.json'",
         ),
     ],
 )
