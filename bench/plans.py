@@ -90,7 +90,7 @@ FULL = Preset(
     ),
     CPU_PEERS,
     rounds=7,
-    seconds=560,
+    seconds=1500,
 )
 QUICK = Preset(
     Grid(
