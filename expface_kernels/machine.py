@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from expface_kernels import backends
+from expface_kernels.backends import products
 
 PACKAGES = ("torch", "triton", "numpy")
 # As vendors name them: GNU's, LLVM's, Intel's, Microsoft's.
@@ -109,7 +110,13 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "executable": sys.executable,
         "backends": backends.available(),
-        "cpu": {"model": cpu_model(), "cores": cores(), "memory_bytes": memory_bytes(), **extension()},
+        "cpu": {
+            "model": cpu_model(),
+            "cores": cores(),
+            "memory_bytes": memory_bytes(),
+            "products": products.of(torch.float32).name,
+            **extension(),
+        },
         "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
         "openmp_runtimes": openmp_runtimes(),
         "gpus": gpus(),

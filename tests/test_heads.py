@@ -282,8 +282,7 @@ def test_topk_is_the_head_of_the_sorted_cosines(
     if (
         tiles != "one"
     ):  # of 8 or of 2 classes, so that k is larger than a tile, and 45 is a multiple of neither
-        monkeypatch.setattr(cpu, "TILE_CLASSES", (2, 8))
-        monkeypatch.setattr(cpu, "TILE_ELEMENTS", 9 * 8 if tiles == "many" else 9)
+        monkeypatch.setattr(cpu, "TILE_CLASSES", (8, 8) if tiles == "many" else (2, 2))
     head = MarginSoftmaxHead(16, 45, backend=backend, dtype=torch.float64)
     with torch.no_grad():
         head.weight.copy_(w)

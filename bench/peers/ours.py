@@ -8,7 +8,8 @@ from bench.cases import Case, Inputs
 from bench.peers.base import Peer, Step, mode, step_of
 from bench.peers.partial_fc import SAMPLE_RATE
 from expface_kernels import backends, margin_cross_entropy
-from expface_kernels.backends.cpu import TILE_CLASSES, TILE_ELEMENTS
+from expface_kernels.backends.cpu import TILE_CLASSES
+from expface_kernels.backends.products import TILE_ELEMENTS
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 
 

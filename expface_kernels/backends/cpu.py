@@ -1,4 +1,4 @@
-"""The cpu backend: Python walks tiles of classes, torch.mm multiplies, C++ does the rest in one pass each.
+"""The cpu backend: Python walks tiles of classes, a library multiplies, C++ does the rest in one pass each.
 
 Never more than a tile of the logits is there at once, plus what `workspace_bytes` lets the forward keep
 of their exponentials. float32 and float64 compute; 16-bit inputs are widened tile by tile, so autocast
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expface_kernels.backends import products
 from expface_kernels.backends import workspace as pool
 from expface_kernels.backends.base import Forward, Pairs, Request, compute_dtype, norms_and_units
 from expface_kernels.backends.native import Kernels, load_error
 from expface_kernels.reference import NORM_EPS
 
 LOG2_E = math.log2(math.e)
-TILE_ELEMENTS = 1 << 23  # logits of a tile, 32 MB of float32
 TILE_CLASSES = (1024, 32768)
 
 
@@ -38,9 +38,9 @@ class TilePlan:
     """Classes whose exponentials stay in the workspace: the first ones, whole tiles or all."""
 
     @classmethod
-    def of(cls, batch: int, classes: int, dtype: torch.dtype, request: Request) -> TilePlan:
+    def of(cls, batch: int, features: int, classes: int, dtype: torch.dtype, request: Request) -> TilePlan:
         smallest, largest = TILE_CLASSES
-        tile = max(smallest, min(largest, TILE_ELEMENTS // max(batch, 1)))
+        tile = max(smallest, min(largest, products.of(dtype).tile(batch, features)))
         kept = 0
         if request.keep:
             kept = request.workspace_bytes // (max(batch, 1) * dtype.itemsize)
@@ -103,17 +103,20 @@ class CpuBackend:
         return None if x.device.type == "cpu" else f"it takes CPU tensors, got {x.device.type}"
 
     def workspace_numel(self, x: Tensor, w: Tensor, classes: int, request: Request) -> int:
-        return TilePlan.of(x.shape[0], classes, compute_dtype(x, w), request).numel
+        return TilePlan.of(x.shape[0], x.shape[1], classes, compute_dtype(x, w), request).numel
 
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
     ) -> Forward:
-        """Eqs. 2 to 4. Peak extra memory: a tile (32 MB) + the workspace + 4 bytes a class + O(B·D)."""
+        """Eqs. 2 to 4. Peak extra memory: a tile + the workspace + 4 bytes a class + O(B·D).
+
+        A tile is at most 32 MB up to B = 8192.
+        """
         dtype = compute_dtype(x, w)
         classes = w.shape[0] if class_subset is None else class_subset.shape[0]
-        plan = TilePlan.of(x.shape[0], classes, dtype, request)
+        plan = TilePlan.of(x.shape[0], x.shape[1], classes, dtype, request)
         centres = Centres(w, class_subset, dtype, plan.tile)
-        kernels = Kernels(dtype)
+        kernels, multiply = Kernels(dtype), products.of(dtype).mm
         pairs = Pairs(x, w, y, class_subset)
         finite, xn = _product_rows(pairs.xn, dtype)
 
@@ -128,7 +131,7 @@ class CpuBackend:
             w_tile = centres.tile(start, stop)
             kernels.inverse_norms(w_tile, inv[start:stop])
             dots = e[start:stop] if stop <= plan.kept else scratch[: stop - start]
-            torch.mm(w_tile, xn.T, out=dots)
+            multiply(w_tile, xn.T, out=dots)
             found = None if hardest is None else hardest[i]
             kernels.forward_tile(
                 dots, inv[start:stop], request.scale, y - start, tile_max[i], tile_sum[i], found
@@ -161,9 +164,9 @@ class CpuBackend:
         """Eqs. 9 to 11. Peak extra memory beside dw: a tile of logits, O(B·D)."""
         dtype = compute_dtype(x, w)
         classes = w.shape[0] if class_subset is None else class_subset.shape[0]
-        plan = TilePlan.of(x.shape[0], classes, dtype, request)
+        plan = TilePlan.of(x.shape[0], x.shape[1], classes, dtype, request)
         centres = Centres(w, class_subset, dtype, plan.tile)
-        kernels = Kernels(dtype)
+        kernels, multiply = Kernels(dtype), products.of(dtype).mm
         pairs = Pairs(x, w, y, class_subset)
         _, xn = _product_rows(pairs.xn, dtype)
         e, kept_max, inv = plan.split(workspace)
@@ -193,15 +196,15 @@ class CpuBackend:
                 p, shift = e[start:stop], kept_max[i]
             else:
                 p, shift = scratch[: stop - start], rounded
-                torch.mm(w_tile, xn.T, out=p)
+                multiply(w_tile, xn.T, out=p)
                 kernels.backward_tile(p, inv_tile, request.scale, y - start, shift)
             # p holds 2^(exponent − shift)/|w|; in float64 this takes back what rounding did to the shift.
             row_factor = torch.where(live, torch.exp2(shift.double() - log2_l), 0.0)
             if need_dx:
-                a.addcmul_(torch.mm(p.T, w_tile, out=product), row_factor[:, None])
+                a.addcmul_(multiply(p.T, w_tile, out=product), row_factor[:, None])
             if out is not None:
                 torch.mul(xn, (row_factor * (g_log_l / g_max))[:, None], out=operand)
-                acc = torch.mm(p, operand, out=out.tile(start, stop))
+                acc = multiply(p, operand, out=out.tile(start, stop))
                 kernels.project(acc, w_tile, inv_tile, request.scale * g_max.item())
                 out.finish(start, stop)
 
@@ -214,7 +217,7 @@ class CpuBackend:
         """Streamed over tiles; peak extra memory: two tiles of cosines + O(B·(k + D))."""
         dtype = compute_dtype(x, w)
         request = Request(scale=1.0, keep=False, workspace_bytes=0, find_hardest=False, product_dtype=None)
-        plan = TilePlan.of(x.shape[0], w.shape[0], dtype, request)
+        plan = TilePlan.of(x.shape[0], x.shape[1], w.shape[0], dtype, request)
         centres = Centres(w, None, dtype, plan.tile)
         xn = norms_and_units(x.double())[1].to(dtype)
         best = x.new_empty((plan.batch, 0), dtype=dtype)

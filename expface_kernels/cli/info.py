@@ -40,6 +40,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [("system", found["system"])]
     lines += [(f"backend {name}", state) for name, state in found["backends"].items()]
     lines += [("cpu", f"{cpu['model']}, {cpu['cores']} cores, {memory}")]
+    lines += [("float32 products", cpu["products"])]
     if "instruction_set" in cpu:
         others = ", ".join(cpu["instruction_sets"])
         lines += [("vector code", f"{cpu['instruction_set']} (this machine can run: {others})")]

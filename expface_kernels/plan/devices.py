@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from expface_kernels import machine
+from expface_kernels.backends import products
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,20 @@ def calibrate(rows: int, features: int, dtype: torch.dtype, threads: int) -> Rat
     rows N, features D: products run at another rate where they are small. threads: torch's own number,
     which the result belongs to.
     """
-    tile = min(CALIBRATION_CLASSES, max(CALIBRATION_BYTES // (max(rows, features) * dtype.itemsize), 256))
+    library = products.of(dtype)
+    tile = min(CALIBRATION_CLASSES, max(library.tile(rows, features), 256))
     w, x = torch.randn(tile, features, dtype=dtype), torch.randn(rows, features, dtype=dtype)
     e, a, c = torch.empty(tile, rows, dtype=dtype), torch.empty_like(x), torch.empty_like(w)
 
-    def products() -> None:
-        torch.mm(w, x.T, out=e)
-        torch.mm(e.T, w, out=a)
-        torch.mm(e, x, out=c)
+    def step() -> None:
+        library.mm(w, x.T, out=e)
+        library.mm(e.T, w, out=a)
+        library.mm(e, x, out=c)
 
     first, second = (torch.ones(CALIBRATION_BYTES // 4) for _ in range(2))
     moved = 3 * CALIBRATION_BYTES
     return Rates(
-        flops=3 * 2 * rows * tile * features / _best(products),
+        flops=3 * 2 * rows * tile * features / _best(step),
         bandwidth=moved / _best(lambda: first.add_(second)),
         fresh=CALIBRATION_BYTES / _best(lambda: torch.empty(CALIBRATION_BYTES, dtype=torch.uint8).fill_(1)),
     )

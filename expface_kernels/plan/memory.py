@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expface_kernels.backends import products
 from expface_kernels.backends.base import Request
 from expface_kernels.backends.cpu import CpuBackend, TilePlan
 from expface_kernels.plan.gpu import backend_plan, gpu_costs
@@ -109,7 +110,7 @@ def _sample(job: Job) -> list[Item]:
 def tiles_of(job: Job) -> tuple[TilePlan, torch.dtype]:
     """How the cpu backend will cut the job, and what it computes in."""
     wide = torch.promote_types(torch.promote_types(job.row_dtype, job.centre_dtype), torch.float32)
-    return TilePlan.of(job.rows, job.active_classes, wide, request_of(job)), wide
+    return TilePlan.of(job.rows, job.features, job.active_classes, wide, request_of(job)), wide
 
 
 def tile_copies(job: Job) -> tuple[bool, bool]:
@@ -124,12 +125,17 @@ def _cpu_items(job: Job) -> list[Item]:
     unkept = min(plan.tile, plan.classes - plan.kept)
     kept = f"{plan.kept:,} of {plan.classes:,} classes × {plan.batch:,} exponentials"
     copies = sum(tile_copies(job))
+    library = products.of(wide)
     return [
         Item("workspace", plan.numel * width, ALWAYS, kept),
         Item("tile of logits", unkept * plan.batch * width, ALWAYS, f"{unkept:,} × {plan.batch:,}"),
         Item(
             "tiles of centres", copies * tile * job.features * width, ALWAYS,
             f"{copies} × {tile:,} × {job.features:,}",
+        ),
+        Item(
+            "results of products", library.own_numel(plan.batch, job.features, tile) * width, ALWAYS,
+            f"{library.name}'s own, and a copy of a transposed tile",
         ),
         Item("row operands", 2 * job.rows * job.features * width, ALWAYS, "2 × rows"),
         *_target_path(job),
@@ -172,7 +178,7 @@ def row_costs() -> RowCosts:
         ones = torch.ones(rows, dtype=torch.float64)
         return backend.backward(x, w, y, None, out.log_l, out.workspace, ones, ones, request, True, True)
 
-    with memory, moved:
+    with memory, moved, products.using(products.MM):  # what oneDNN adds is an item of its own
         step()
     return RowCosts(memory.peak / x.numel(), moved.bytes / x.numel())
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels import margin_cross_entropy
-from expface_kernels.backends import cpu, native
+from expface_kernels.backends import cpu, native, products
 from expface_kernels.backends import workspace as pool
 from expface_kernels.backends.base import Request
 from expface_kernels.backends.cpu import TilePlan
@@ -35,7 +35,7 @@ def _run(
 
 
 def _plan(batch: int, classes: int, dtype: torch.dtype, keep: bool, workspace_bytes: int) -> TilePlan:
-    return TilePlan.of(batch, classes, dtype, Request(64.0, keep, workspace_bytes, False, None))
+    return TilePlan.of(batch, 128, classes, dtype, Request(64.0, keep, workspace_bytes, False, None))
 
 
 # Batches: none, one, a few, the largest whose tile is still longer than the smallest, and past it.
@@ -51,7 +51,7 @@ def test_tiles_cover_all_classes_once_and_stay_small(rows: int, classes: int, dt
     assert all(start < stop <= start + plan.tile for start, stop in tiles)
     smallest, largest = cpu.TILE_CLASSES
     assert smallest <= plan.tile <= largest
-    assert plan.tile * rows <= max(cpu.TILE_ELEMENTS, smallest * rows)
+    assert plan.tile * rows <= max(products.TILE_ELEMENTS, smallest * rows)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
