@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
 MAIN, SHARED = "cpu-b256-c100k-d512.json", "cpu-b256-c100k-d512-one-core-shared.json"
 SWEEP, MODEL, DEMO, GPU = "cpu-sweep.json", "model-h100.json", "demo.json", "gpu-*.json"
+SAMPLED = "partial-fc.json"
 PLOTS = "cpu-sweep"
 """The folder of the sweep's pictures."""
 _BLOCK = re.compile(
@@ -128,14 +129,14 @@ def speed(results: Path) -> str:
     if result is None or result.best_run is None:
         return ""
     best, case = result.best_run, result.case
-    memory = {entry.peer: entry for entry in result.memory if entry.case == case}
+    memory = {entry.peer: entry for entry in result.memory if entry.case == case and entry.extra_bytes}
     names = [*result.runs[best], *(peer for peer in memory if peer not in result.runs[best])]
     labels = {gate.peer: gate.label for gate in result.gates}
     rows = []
     for peer in names:
         timed = peer in result.runs[best]
         ratios = [result.ratio(peer, run) for run in range(len(result.runs))] if timed else []
-        held = memory[peer].extra_bytes if peer in memory else None
+        held = memory[peer].extra_bytes if peer in memory else None  # not measured
         rows.append(
             [
                 OURS.get(peer, labels[peer]) + (f" ({case.target_gradient})" if peer in OURS else ""),
@@ -194,7 +195,7 @@ def memory(results: Path) -> str:
     cases = list(dict.fromkeys(entry.case for entry in entries))
     found = {(entry.peer, entry.case): entry for entry in entries}
     rows = []
-    for peer in dict.fromkeys(entry.peer for entry in entries):
+    for peer in dict.fromkeys(entry.peer for entry in entries if entry.extra_bytes is not None):
         label = OURS.get(peer, next(entry.label for entry in entries if entry.peer == peer))
         rows.append([label, *(_held(found.get((peer, case))) for case in cases)])
     first = cases[0]
@@ -285,6 +286,26 @@ def counted(results: Path) -> str:
     )
 
 
+def sampled(results: Path) -> str:
+    """What a sample of the classes costs beside all of them."""
+    path = _file(results, SAMPLED)
+    if path is None:
+        return ""
+    data = json.loads(path.read_text())
+    sizes = data["sizes"]
+    held = " and ".join(
+        f"{_bytes(value)} at C = {int(classes):,}" for classes, value in data["draw_bytes"].items()
+    )
+    return _prose(
+        f"`python -m bench.partial_fc` ({_link(SAMPLED)}): drawing {sizes['draw_rate']:.0%} of "
+        f"{sizes['draw_classes']:,} classes takes {data['draw']['ratio']:.3f} of the time of `torch.rand(C)` "
+        f"and `topk`, and {held}; a step at `sample_rate={sizes['step_rate']:g}` with `sparse_grad` takes "
+        f"{data['step']['ratio']:.2f} of one over all classes at B = {sizes['rows']}, "
+        f"C = {sizes['step_classes']:,}, D = {sizes['features']}, and {data['step with SGD']['ratio']:.2f} "
+        f"with the optimizer's."
+    )
+
+
 def demo(results: Path) -> str:
     """What the example's full run reached."""
     path = _file(results, DEMO)
@@ -306,6 +327,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "shared": shared,
     "memory": memory,
     "sweep": sweep,
+    "sampled": sampled,
     "gpu": gpu,
     "model": counted,
     "demo": demo,

@@ -87,8 +87,8 @@ def margin_cross_entropy(
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: the backend cannot serve; or a second derivative is asked for.
 
-    Peak extra memory beside the two gradients, on the cpu backend: workspace_bytes + one tile (32 MB) +
-    4 bytes a class + O(B·D).
+    Peak extra memory beside the two gradients, on the cpu backend: workspace_bytes + one tile (at most
+    32 MB up to B = 8192) + O(B·D).
     """
     margin = ExpFace() if margin is None else margin
     check_scale(scale)

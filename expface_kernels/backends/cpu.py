@@ -53,12 +53,12 @@ class TilePlan:
 
     @property
     def numel(self) -> int:
-        """Elements of the workspace: exponentials, their tiles' maxima, inverse norms."""
-        return self.kept * self.batch + self.kept_tiles * self.batch + self.classes
+        """Elements of the workspace: exponentials, their tiles' maxima, their classes' inverse norms."""
+        return self.kept * self.batch + self.kept_tiles * self.batch + self.kept
 
     def split(self, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The workspace as e (kept, B), tile_max (kept_tiles, B), inv (C,)."""
-        sizes = [self.kept * self.batch, self.kept_tiles * self.batch, self.classes]
+        """The workspace as e (kept, B), tile_max (kept_tiles, B), inv (kept,)."""
+        sizes = [self.kept * self.batch, self.kept_tiles * self.batch, self.kept]
         e, tile_max, inv = workspace.split(sizes)
         return e.view(self.kept, self.batch), tile_max.view(self.kept_tiles, self.batch), inv
 
@@ -108,7 +108,7 @@ class CpuBackend:
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
     ) -> Forward:
-        """Eqs. 2 to 4. Peak extra memory: a tile + the workspace + 4 bytes a class + O(B·D).
+        """Eqs. 2 to 4. Peak extra memory: a tile + the workspace + O(B·D).
 
         A tile is at most 32 MB up to B = 8192.
         """
@@ -121,21 +121,20 @@ class CpuBackend:
         finite, xn = _product_rows(pairs.xn, dtype)
 
         workspace = pool.lend(plan.numel, dtype)
-        e, kept_max, inv = plan.split(workspace)
-        scratch = _scratch(plan, dtype)
+        e, kept_max, kept_inv = plan.split(workspace)
+        scratch, scratch_inv = _scratch(plan, dtype)
         tiles = list(plan.tiles())
         tile_max = x.new_empty((len(tiles), plan.batch), dtype=dtype)
         tile_sum = x.new_empty((len(tiles), plan.batch), dtype=torch.float64)
         hardest = y.new_empty((len(tiles), plan.batch)) if request.find_hardest else None
         for i, (start, stop) in enumerate(tiles):
-            w_tile = centres.tile(start, stop)
-            kernels.inverse_norms(w_tile, inv[start:stop])
-            dots = e[start:stop] if stop <= plan.kept else scratch[: stop - start]
+            w_tile, keep = centres.tile(start, stop), stop <= plan.kept
+            inv = kept_inv[start:stop] if keep else scratch_inv[: stop - start]
+            dots = e[start:stop] if keep else scratch[: stop - start]
+            kernels.inverse_norms(w_tile, inv)
             multiply(w_tile, xn.T, out=dots)
             found = None if hardest is None else hardest[i]
-            kernels.forward_tile(
-                dots, inv[start:stop], request.scale, y - start, tile_max[i], tile_sum[i], found
-            )
+            kernels.forward_tile(dots, inv, request.scale, y - start, tile_max[i], tile_sum[i], found)
         kept_max.copy_(tile_max[: plan.kept_tiles])
 
         log_l = torch.where(finite, _combine(tile_max.double(), tile_sum), torch.nan)
@@ -169,8 +168,8 @@ class CpuBackend:
         kernels, multiply = Kernels(dtype), products.of(dtype).mm
         pairs = Pairs(x, w, y, class_subset)
         _, xn = _product_rows(pairs.xn, dtype)
-        e, kept_max, inv = plan.split(workspace)
-        scratch = _scratch(plan, dtype)
+        e, kept_max, kept_inv = plan.split(workspace)
+        scratch, scratch_inv = _scratch(plan, dtype)
 
         # A row without negatives has log l = −inf and G = 0, a row of NaN no log l: any finite shift does.
         log2_l = torch.where(torch.isfinite(log_l), log_l, 0.0) * LOG2_E
@@ -191,13 +190,14 @@ class CpuBackend:
             else None
         )
         for i, (start, stop) in enumerate(plan.tiles()):
-            w_tile, inv_tile = centres.tile(start, stop), inv[start:stop]
+            w_tile = centres.tile(start, stop)
             if stop <= plan.kept:
-                p, shift = e[start:stop], kept_max[i]
+                p, inv, shift = e[start:stop], kept_inv[start:stop], kept_max[i]
             else:
-                p, shift = scratch[: stop - start], rounded
+                p, inv, shift = scratch[: stop - start], scratch_inv[: stop - start], rounded
+                kernels.inverse_norms(w_tile, inv)
                 multiply(w_tile, xn.T, out=p)
-                kernels.backward_tile(p, inv_tile, request.scale, y - start, shift)
+                kernels.backward_tile(p, inv, request.scale, y - start, shift)
             # p holds 2^(exponent − shift)/|w|; in float64 this takes back what rounding did to the shift.
             row_factor = torch.where(live, torch.exp2(shift.double() - log2_l), 0.0)
             if need_dx:
@@ -205,7 +205,7 @@ class CpuBackend:
             if out is not None:
                 torch.mul(xn, (row_factor * (g_log_l / g_max))[:, None], out=operand)
                 acc = multiply(p, operand, out=out.tile(start, stop))
-                kernels.project(acc, w_tile, inv_tile, request.scale * g_max.item())
+                kernels.project(acc, w_tile, inv, request.scale * g_max.item())
                 out.finish(start, stop)
 
         dx = None
@@ -231,10 +231,10 @@ class CpuBackend:
         return best, classes
 
 
-def _scratch(plan: TilePlan, dtype: torch.dtype) -> Tensor:
-    """(T, B) for the tiles that are not kept; empty where all are."""
+def _scratch(plan: TilePlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(T, B) of logits and (T,) of inverse norms for the tiles that are not kept; empty where all are."""
     rows = min(plan.tile, plan.classes - plan.kept)
-    return pool.lend(rows * plan.batch, dtype).view(rows, plan.batch)
+    return pool.lend(rows * plan.batch, dtype).view(rows, plan.batch), pool.lend(rows, dtype)
 
 
 def _product_rows(xn: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ONEDNN_TILE_ELEMENTS = 1 << 20
+ONEDNN_TILE_ELEMENTS = 1 << 21
 TILE_ELEMENTS = 1 << 23
 
 
@@ -39,7 +39,9 @@ class Products:
     def tile(self, batch: int, features: int) -> int:
         """Classes of a tile, before any limit."""
         if self.owns_results:
-            return ONEDNN_TILE_ELEMENTS // max(batch, features, 1)
+            return ONEDNN_TILE_ELEMENTS // (
+                batch + features
+            )  # a maximum would make torch.compile compile twice
         return TILE_ELEMENTS // max(batch, 1)
 
     def own_numel(self, batch: int, features: int, tile: int) -> int:

@@ -68,7 +68,7 @@ def _cpu_work(job: Job, rates: Rates) -> list[Work]:
         work("products, forward", product, centres + logits),
         work("products, again", again * product, again * (centres + logits)),
         work("products, dX and dW", 2 * product, 2 * (centres + logits)),
-        work("norms, exponentials, projection", 0, 4 * centres + 2 * (1 + again) * logits),
+        work("norms, exponentials, projection", 0, (4 + again) * centres + 2 * (1 + again) * logits),
         work("copies of centres", 0, copies, zeros),
         work("target path", 0, row_costs().moved * job.rows * job.features),
         work(f"update, {job.optimizer}", 0, moved, temporary),

@@ -69,7 +69,7 @@ def test_what_is_kept_is_whole_tiles_within_the_budget_or_everything(
     e, tile_max, inv = plan.split(torch.empty(plan.numel))
     assert e.shape == (plan.kept, rows)
     assert tile_max.shape == (sum(stop <= plan.kept for _, stop in plan.tiles()), rows)
-    assert inv.shape == (classes,)
+    assert inv.shape == (plan.kept,)
 
 
 def test_without_a_backward_nothing_is_kept() -> None:

@@ -38,10 +38,12 @@ def test_no_measured_number_stands_outside_the_blocks() -> None:
         assert MEASURED.findall(typed), typed
 
 
-@pytest.mark.parametrize("old", ["0.86", "124 MB", "2.97"])
-def test_a_number_that_was_changed_by_hand_is_noticed(old: str) -> None:
-    assert old in TEXT
-    changed = TEXT.replace(old, "7.77")
+@pytest.mark.parametrize("block", ["speed", "memory", "sweep", "sampled"])
+def test_a_number_that_was_changed_by_hand_is_noticed(block: str) -> None:
+    """The last number of the block."""
+    found = readme.BLOCKS[block](readme.RESULTS)
+    old = re.findall(r"\d[\d.,]*\d", found)[-1]
+    changed = TEXT.replace(found, found.replace(old, "7.77"))
     assert readme.rendered(changed) != changed
     assert readme.rendered(changed) == TEXT
 
@@ -80,6 +82,15 @@ def _results(folder: Path) -> Path:
         "losses": {"expface": {"seconds": 174.4, "tar": {"0.001": 0.7804}, "rank1": 0.8617}},
     }  # fmt: skip
     (folder / readme.DEMO).write_text(json.dumps(figures))
+    sampled = {
+        "sizes": {
+            "rows": 64, "draw_classes": 10**7, "draw_rate": 0.01, "step_classes": 10**6, "step_rate": 0.1,
+            "features": 256,
+        },
+        "draw": {"ratio": 0.0123}, "step": {"ratio": 0.143}, "step with SGD": {"ratio": 0.157},
+        "draw_bytes": {"10000000": 9.9e6, "100000000": 11.2e6},
+    }  # fmt: skip
+    (folder / readme.SAMPLED).write_text(json.dumps(sampled))
     return folder
 
 
@@ -90,6 +101,10 @@ def _results(folder: Path) -> Path:
         ("shared", ["**this package** 4.50 and 3.00"]),
         ("memory", ["C = 1,000,000", "| 4 |", "not measured"]),
         ("sweep", ["classes-seconds.png", "C^1.00", "4.0 bytes a class", "python -m bench sweep --quick`"]),
+        (
+            "sampled",
+            ["1% of 10,000,000", "0.012", "10 MB at C", "11 MB at C = 100,000,000", "0.14 ", "0.16 "],
+        ),
         ("gpu", ["NVIDIA Test", "(3.00)"]),
         ("demo", ["174 s", "0.780", "0.862", "3.8 minutes"]),
     ],
