@@ -3,11 +3,14 @@
 A fresh 100 MB buffer costs the CPU some 25 ms of page faults in every step (numpy asks for huge pages where
 the system has them, and still each must be zeroed). A buffer lent here goes back to the pool when the last
 tensor over it dies, never earlier: two forwards before a backward hold two. Steps of one shape borrow the
-same buffers again and again; a size that the pool lacks empties it, so that it never holds two shapes' worth.
+same buffers again and again, and so do heads of several shapes that take turns. What nobody has borrowed for
+a while goes back to the system, and so does what was a little too small for a loan: growing batches do not
+collect one buffer for each size.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 
@@ -17,7 +20,12 @@ from torch import Tensor
 
 _ALIGNMENT = 64  # bytes; a cache line
 _SLACK = 4096  # bytes; so that the smallest loans share
-_free: list[np.ndarray] = []  # uint8 buffers that nobody uses; any thread may append, only _take removes
+PATIENCE = 128
+"""Loans and returns, some eight steps of them, that a buffer waits for its next loan."""
+_clock = itertools.count()
+# uint8 buffers that nobody uses, each with the time when it came back; any thread may append, only _take and
+# clear remove.
+_free: list[tuple[int, np.ndarray]] = []
 _taking = threading.RLock()  # reentrant: a buffer may come back, by garbage collection, inside _take
 
 
@@ -28,7 +36,7 @@ def lend(numel: int, dtype: torch.dtype) -> Tensor:
     offset = -buffer.ctypes.data % _ALIGNMENT
     lease = buffer[offset : offset + nbytes]
     # torch's storage holds the lease; when that dies, so does the lease, and the buffer comes back.
-    weakref.finalize(lease, _free.append, buffer)
+    weakref.finalize(lease, _give_back, buffer)
     return torch.from_numpy(lease).view(dtype)
 
 
@@ -38,11 +46,23 @@ def clear() -> None:
         _free.clear()
 
 
+def _give_back(buffer: np.ndarray) -> None:
+    _free.append((next(_clock), buffer))
+
+
 def _take(nbytes: int) -> np.ndarray:
+    now = next(_clock)
     with _taking:
-        # Not much larger either: a small loan must not take what the gradient will ask for.
-        fitting = [i for i, free in enumerate(_free) if nbytes <= free.nbytes <= 2 * nbytes + _SLACK]
-        if fitting:
-            return _free.pop(min(fitting, key=lambda i: _free[i].nbytes))
-        _free.clear()
-    return np.empty(nbytes, np.uint8)
+        fitting = [i for i, (_, free) in enumerate(_free) if _serves(free.nbytes, nbytes)]
+        best = min(fitting, key=lambda i: _free[i][1].nbytes, default=None)
+        found = None if best is None else _free.pop(best)[1]
+        for i in reversed(range(len(_free))):
+            came, free = _free[i]
+            if now - came > PATIENCE or (found is None and _serves(nbytes, free.nbytes)):
+                del _free[i]
+    return np.empty(nbytes, np.uint8) if found is None else found
+
+
+def _serves(size: int, nbytes: int) -> bool:
+    """Not much larger either: a small loan must not take what the gradient will ask for."""
+    return nbytes <= size <= 2 * nbytes + _SLACK

@@ -82,16 +82,33 @@ def test_the_smallest_buffer_that_fits_is_taken() -> None:
     assert pool.lend(9_000, torch.float32).data_ptr() == large_address
 
 
-def test_buffers_too_small_are_given_up_and_clear_gives_up_all() -> None:
-    loan = pool.lend(100, torch.float32)
-    del loan
-    assert len(pool._free) == 1
-    larger = pool.lend(1000, torch.float32)
-    assert not pool._free  # the small one is gone, the large one is lent
-    del larger
-    assert len(pool._free) == 1
+def test_a_buffer_a_little_too_small_is_given_up_and_clear_gives_up_all() -> None:
+    for numel in (10_000, 11_000, 19_000):  # each takes the place of the one before
+        loan = pool.lend(numel, torch.float32)
+        assert not pool._free
+        del loan
+        assert len(pool._free) == 1
     pool.clear()
     assert not pool._free
+
+
+def test_heads_of_several_shapes_that_take_turns_keep_their_buffers() -> None:
+    addresses: list[set[int]] = []
+    for _ in range(3):
+        loans = {numel: pool.lend(numel, torch.float32) for numel in (100_000, 10_000, 1_000_000)}
+        addresses.append({loan.data_ptr() for loan in loans.values()})
+        del loans
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+def test_what_nobody_borrows_for_long_goes_back_to_the_system() -> None:
+    large = pool.lend(1_000_000, torch.float32)
+    del large
+    loans = 0
+    while any(free.nbytes > 10**6 for _, free in pool._free):
+        pool.lend(10_000, torch.float32)  # and returned
+        loans += 1
+    assert loans == pool.PATIENCE // 2 + 1
 
 
 @pytest.mark.parametrize("keep", [0, 2**20])
