@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from expface_kernels.partial_fc import comm
 
 T = TypeVar("T")
 
@@ -14,28 +18,36 @@ T = TypeVar("T")
 class Members:
     """The members of one process group, or this process alone where the group is None.
 
-    Each method is called by every member; each is one all_gather_object of a few hundred bytes a rank.
+    Each method is called by every member; each is two all_gathers, of lengths and of a few hundred bytes a
+    rank. What is said is JSON: to read what another process sent runs no code.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.size = 1 if group is None else dist.get_world_size(group)
-        if self.rank < 0:
-            raise ValueError("process_group: expected a group that this process is a member of")
+        self._ranks = None if group is None else comm.Ranks(group)
+        self.rank, self.size = (0, 1) if self._ranks is None else (self._ranks.rank, self._ranks.size)
 
     @property
     def first(self) -> bool:
         """This process does what only one may do."""
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
-        """Everybody's value, in order of ranks."""
-        if self.group is None:
-            return [value]
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value, group=self.group)
-        return gathered
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value, of what JSON can hold, in order of ranks."""
+        text = json.dumps(value).encode()
+        if self._ranks is None:
+            return [json.loads(text)]
+        device = self._ranks.device
+        length = torch.tensor([len(text)], device=device)
+        lengths = comm.gather(length, [1] * self.size, self._ranks).tolist()
+        own = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+        texts = comm.gather(own, lengths, self._ranks).cpu().split(lengths)
+        return [json.loads(part.numpy().tobytes()) for part in texts]
+
+    def agree(self, told: dict[str, str]) -> None:
+        """ValueError on every rank, naming ranks and values, unless all say the same."""
+        if self._ranks is not None:
+            comm.check_agreement(told, None, self._ranks, "this checkpoint")
 
     def together(self, action: Callable[[], T]) -> T:
         """Do it on every rank; where it fails on one, every rank raises, saying which and why."""

@@ -37,6 +37,13 @@ OPTIMIZER = "optimizer"  # key of the file's metadata: the optimizer's class
 CHUNK_BYTES = 16 * 2**20
 
 
+def code_of(name: str, dtype: torch.dtype) -> str:
+    """The format's word for a dtype; TypeError, with the name of the tensor, where it has none."""
+    if dtype not in CODES:
+        raise TypeError(f"{name}: expected one of {sorted(CODES.values())}, got {dtype}")
+    return CODES[dtype]
+
+
 def open_centres(path: str | os.PathLike[str], *, name: str = WEIGHT) -> SafetensorsTable:
     """Open a safetensors file with a (C, D) matrix of centres; its bytes are read when rows are asked for.
 
@@ -145,10 +152,8 @@ class Layout:
         end = 0
         for name in names:
             dtype, shape = specs[name]
-            if dtype not in CODES:
-                raise TypeError(f"{name}: expected one of {sorted(CODES.values())}, got {dtype}")
             begin, end = end, end + dtype.itemsize * int(torch.Size(shape).numel())
-            header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
+            header[name] = {"dtype": code_of(name, dtype), "shape": shape, "data_offsets": [begin, end]}
             self.offsets[name] = begin
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)

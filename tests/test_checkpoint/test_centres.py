@@ -13,7 +13,9 @@ from torch import nn
 
 from expface_kernels import MarginSoftmaxHead
 from expface_kernels.checkpoint import centres_of, load_centres, open_centres, safetensors_file, save_centres
+from expface_kernels.checkpoint.live import _Part
 from expface_kernels.checkpoint.safetensors_file import Layout
+from expface_kernels.checkpoint.table import RowSpec
 from tests.test_checkpoint.trained import OPTIMIZERS, D, Head, assert_is_truth, fill_with_truth, truth
 
 C = 37
@@ -249,3 +251,32 @@ def test_the_header_is_aligned_and_as_long_as_it_says(tmp_path: Path) -> None:
     ends = sorted(tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__")
     assert [begin for begin, _ in ends] == [0, *(end for _, end in ends[:-1])]
     assert 8 + length + ends[-1][1] == len(content)
+
+
+def test_what_a_rank_says_of_its_share_arrives_as_it_was() -> None:
+    """As JSON, to the last digit."""
+    values = {
+        "step": torch.tensor(7.0),
+        "rate": torch.tensor(0.1),
+        "product": torch.tensor(0.1 + 0.2, dtype=torch.float64),
+        "half": torch.tensor(0.1, dtype=torch.bfloat16),
+        "never": torch.tensor(float("inf")),
+        "count": torch.tensor(2**62 + 1),
+        "on": torch.tensor(True),
+    }
+    tensors = {"weight": RowSpec(torch.float16, (6,)), "flag": RowSpec(torch.uint8, ())}
+    part = _Part(3, None, tensors, values, "AdamW")
+    heard = _Part.heard(json.loads(json.dumps(part.told())))
+    assert heard._replace(values={}) == part._replace(values={})
+    assert list(heard.values) == list(values)
+    for name, value in values.items():
+        assert heard.values[name].dtype == value.dtype
+        assert torch.equal(heard.values[name], value)
+
+
+def test_state_of_a_dtype_that_no_file_holds_is_refused(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.ones(C, D))
+    optimizer = OPTIMIZERS["sgd"]([weight])
+    optimizer.state[weight]["momentum_buffer"] = torch.ones(C, D, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=r"optimizer.momentum_buffer: expected .*, got torch.complex64"):
+        save_centres(tmp_path / "file", weight, optimizer)
