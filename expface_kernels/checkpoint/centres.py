@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,17 @@ def save_centres(
         weight: `head.weight`, or what `centres_of` takes as such; or a table from `open_centres`,
             `open_insightface` or `remap_classes`, of which each rank writes a part.
         optimizer: one that trains `weight`; None saves the centres alone.
-        process_group: as in `centres_of`; with a table the ranks that share the work.
-        metadata: strings of your own for the file's header.
+        process_group: as in `centres_of`; with a table the ranks that share the work. A plain weight that is
+            one rank's share needs it: without it each rank takes its rows for all there are.
+        metadata: strings of your own for the file's header, the same on every rank.
 
     Raises:
-        ValueError, TypeError: what cannot be saved, named. OSError: of the disk. RuntimeError: another rank
-            failed, and its error.
+        ValueError, TypeError: what cannot be saved, or what ranks disagree on, named. OSError: of the disk.
+            RuntimeError: another rank failed, and its error.
 
-    Peak extra memory: one chunk of 16 MiB on each rank. Collectives: seven all_gather_object.
+    Warns on ranks above 0 of the default group that save a plain weight without `process_group`.
+
+    Peak extra memory: one chunk of 16 MiB on each rank. Collectives: 16 small all_gathers.
     """
     if isinstance(weight, CentreTable):
         if optimizer is not None:
@@ -59,6 +63,7 @@ def save_centres(
         members.together(lambda: _check_held(table, held))
     else:
         members = members_of(weight, process_group)
+        _warn_of_a_race(members)
         table = live_table(weight, optimizer, members)
         held = table.held
     _write(Path(path), table, held, members, metadata or {})
@@ -88,8 +93,8 @@ def load_centres(
         FileNotFoundError, ValueError: no file, truncated, other C, D, dtype or state than expected; both are
             named. RuntimeError: another rank failed.
 
-    Peak extra memory: one chunk of 16 MiB, and the state of this rank's rows. Collectives: six
-    all_gather_object.
+    Peak extra memory: one chunk of 16 MiB, and the state of this rank's rows. Collectives: 12 small
+    all_gathers.
     """
     members = members_of(weight, process_group)
     live = live_table(weight, None, members)
@@ -110,6 +115,19 @@ def load_centres(
         }
 
 
+def _warn_of_a_race(members: Members) -> None:
+    """A plain weight does not say whether other ranks hold the rest of it, but they all would write one file.
+
+    Nothing is said on rank 0, since it alone saves a weight that all ranks have.
+    """
+    if members.group is None and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        warnings.warn(
+            f"process_group: rank {dist.get_rank()} saves a plain weight as one of all classes; if ranks "
+            "share the classes, pass their group, or each of them replaces the others' file",
+            stacklevel=3,
+        )
+
+
 def _check_held(table: CentreTable, held: ClassRange) -> None:
     if held.size and not (table.held.start <= held.start and held.stop <= table.held.stop):
         raise ValueError(
@@ -126,6 +144,7 @@ def _write(
     token = members.gather(uuid.uuid4().hex)[0]
     temporary = path.with_name(f".{path.name}.{token}.tmp")
     layout = members.together(lambda: Layout(table, metadata))
+    members.agree(layout.told)
     try:
         members.together(lambda: layout.create(temporary) if members.first else None)
         members.together(lambda: layout.write(temporary, table, held, with_values=members.first))

@@ -136,18 +136,26 @@ def _open(path: str) -> Any:
         ) from error
 
 
+def _strings(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The format knows no other values: the library would not open the file."""
+    for key, value in metadata.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise TypeError(f"metadata: expected strings by name, got {{{key!r}: {value!r}}}")
+    return dict(metadata)
+
+
 class Layout:
-    """Where each byte of the file goes. Every rank computes the same from the same table."""
+    """Where each byte of the file goes. Every rank computes the same from the same table and metadata."""
 
     def __init__(self, table: CentreTable, metadata: Mapping[str, str]) -> None:
         specs = {name: (spec.dtype, (table.num_classes, *spec.row)) for name, spec in table.tensors.items()}
         specs |= {name: (value.dtype, ()) for name, value in table.values.items()}
         # Wide dtypes first, so that each tensor is aligned to its own size.
         names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
-        said = dict(metadata) | {"format": "pt"}
+        said = _strings(metadata) | {"format": "pt"}
         if table.optimizer is not None:
             said[OPTIMIZER] = table.optimizer
-        header: dict[str, Any] = {"__metadata__": said}
+        header: dict[str, Any] = {"__metadata__": dict(sorted(said.items()))}
         self.offsets: dict[str, int] = {}
         end = 0
         for name in names:
@@ -155,6 +163,9 @@ class Layout:
             begin, end = end, end + dtype.itemsize * int(torch.Size(shape).numel())
             header[name] = {"dtype": code_of(name, dtype), "shape": shape, "data_offsets": [begin, end]}
             self.offsets[name] = begin
+        # What ranks must agree on: a header of another length would shift one rank's rows against another's.
+        self.told = {"metadata": str(header["__metadata__"])}
+        self.told["tensors"] = ", ".join(f"{name} {specs[name][0]} {specs[name][1]}" for name in names)
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self.header = len(text).to_bytes(8, "little") + text

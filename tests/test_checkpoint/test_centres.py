@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -280,3 +281,11 @@ def test_state_of_a_dtype_that_no_file_holds_is_refused(tmp_path: Path) -> None:
     optimizer.state[weight]["momentum_buffer"] = torch.ones(C, D, dtype=torch.complex64)
     with pytest.raises(TypeError, match=r"optimizer.momentum_buffer: expected .*, got torch.complex64"):
         save_centres(tmp_path / "file", weight, optimizer)
+
+
+def test_metadata_is_strings(tmp_path: Path) -> None:
+    """The library opens no file with others."""
+    odd: Any = {"epoch": 3}
+    with pytest.raises(TypeError, match=r"metadata: expected strings by name, got {'epoch': 3}"):
+        save_centres(tmp_path / "file", Head(C).weight, metadata=odd)
+    assert not list(tmp_path.iterdir())
