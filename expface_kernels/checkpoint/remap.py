@@ -31,6 +31,8 @@ FRESH_STATE = {
 # Added classes are drawn in blocks, each from its own seed, so that a value depends neither on how many
 # ranks read it nor on where they cut.
 BLOCK = 1024
+SALT = int.from_bytes(b"remapped", "big")
+"""Goes into a block's seed: a head draws its first centres in blocks too, and none may be another's."""
 
 
 def class_mapping(old: Sequence[Hashable], new: Sequence[Hashable]) -> Tensor:
@@ -39,12 +41,17 @@ def class_mapping(old: Sequence[Hashable], new: Sequence[Hashable]) -> Tensor:
     Returns (C_new,) int64: the old class of the same name, −1 where there is none. ValueError where a name
     occurs twice.
     """
-    for argument, names in (("old", old), ("new", new)):
-        if len(set(names)) != len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise ValueError(f"{argument}: expected each class once, got {twice!r} twice")
-    index = {name: label for label, name in enumerate(old)}
-    return torch.tensor([index.get(name, ADDED) for name in new], dtype=torch.int64)
+    labels = _labels("old", old)
+    return torch.tensor([labels.get(name, ADDED) for name in _labels("new", new)], dtype=torch.int64)
+
+
+def _labels(argument: str, names: Sequence[Hashable]) -> dict[Hashable, int]:
+    """The label of each name, in their order."""
+    labels: dict[Hashable, int] = {}
+    for label, name in enumerate(names):
+        if labels.setdefault(name, label) != label:
+            raise ValueError(f"{argument}: expected each class once, got {name!r} twice")
+    return labels
 
 
 def remap_classes(
@@ -60,7 +67,9 @@ def remap_classes(
         table: from `open_centres`, `open_insightface` or `centres_of`.
         old_class: (C_new,) integers: which class of `table` each new class was, −1 for one that is added.
             Each old class at most once; those not named are dropped. `class_mapping` makes it from names.
-        seed: of the added centres, normal(0, 0.01): the same ones however many ranks read them.
+        seed: of the added centres, normal(0, 0.01): the same ones however many ranks read them, and others
+            than any seed draws for a new head. The same seed and new class give the same centre again: where
+            classes were added to `table` before and moved since, give another.
         fresh_state: by name, what an added class's optimizer state holds. Known are torch's SGD, Adam, AdamW,
             Adamax, RMSprop and Adadelta, all of which start with 0; needed for any other.
 
@@ -134,7 +143,7 @@ class RemappedTable(CentreTable):
         """First centres into the rows of `out` where `added`, which are the new `classes`."""
         blocks = classes // BLOCK
         for block in blocks[added].unique().tolist():
-            generator = torch.Generator().manual_seed(mixed_seed(self._seed, block))
+            generator = torch.Generator().manual_seed(mixed_seed(self._seed, SALT, block))
             drawn = out.new_empty(BLOCK, *out.shape[1:]).normal_(0, INIT_STD, generator=generator)
             here = added & (blocks == block)
             out[here] = drawn[classes[here] - block * BLOCK]

@@ -18,6 +18,8 @@ from expface_kernels.checkpoint import (
     remap_classes,
     save_centres,
 )
+from expface_kernels.partial_fc.centres import initialize
+from expface_kernels.partial_fc.ranges import ClassRange
 from tests.test_checkpoint.trained import OPTIMIZERS, STATE_NAMES, STEP, D, Head, fill_with_truth, truth
 from tests.tolerances import ADAMAX_EPS, DRAWN_30_000
 
@@ -72,6 +74,20 @@ def test_added_centres_are_drawn_like_new_ones() -> None:
     assert torch.unique(torch.cat([drawn, other]), dim=0).shape[0] == 2 * count
 
 
+def test_an_added_centre_is_neither_a_heads_first_one_nor_one_added_before() -> None:
+    """Blocks of 1024 rows here, of 8192 in a head: by seed and block alone 1024·k + i was 8192·k + i."""
+    count = 5 * 1024
+    first = nn.Parameter(torch.empty(5 * 8192, D))
+    initialize(first.data, ClassRange(0, first.shape[0]), seed=0)
+    added = remap_classes(centres_of(first), [-1] * count).rows("weight", 0, count)
+    assert torch.unique(torch.cat([first.detach(), added]), dim=0).shape[0] == first.shape[0] + count
+    # A class that was added and moved, and one that is added in its place with another seed.
+    once = remap_classes(centres_of(first), [0, -1])
+    twice = remap_classes(once, [1, -1], seed=1).rows("weight", 0, 2)
+    assert torch.equal(twice[0], once.rows("weight", 1, 2)[0])
+    assert not torch.equal(twice[0], twice[1])
+
+
 def test_added_centres_do_not_depend_on_how_they_are_read() -> None:
     weight, optimizer = trained("sgd")
     mapping = [-1 if c % 3 else c // 3 for c in range(90)]
@@ -102,6 +118,14 @@ def test_a_mapping_from_names() -> None:
     assert mapping.dtype == torch.int64
     with pytest.raises(ValueError, match="new: expected each class once, got 'ann' twice"):
         class_mapping(["ann"], ["ann", "bob", "ann"])
+
+
+def test_a_million_names_are_looked_through_once() -> None:
+    """Each compared with all before it, the name that occurs twice would be found next week."""
+    names = [str(label) for label in range(1_000_000)]
+    assert torch.equal(class_mapping(names, names[::-1]), torch.arange(len(names)).flip(0))
+    with pytest.raises(ValueError, match="old: expected each class once, got '7' twice"):
+        class_mapping([*names, "7"], names)
 
 
 @pytest.mark.parametrize(
