@@ -19,6 +19,7 @@ from torch import Tensor
 from expface_kernels.checkpoint import safetensors_file
 from expface_kernels.checkpoint.live import live_table, local_rows, parameter_group, state_of
 from expface_kernels.checkpoint.members import Members, members_of
+from expface_kernels.checkpoint.publish import publish
 from expface_kernels.checkpoint.safetensors_file import Layout, open_centres
 from expface_kernels.checkpoint.table import STATE_PREFIX, WEIGHT, CentreTable, RowSpec, chunks
 from expface_kernels.partial_fc.ranges import ClassRange, shard_ranges
@@ -148,22 +149,11 @@ def _write(
     try:
         members.together(lambda: layout.create(temporary) if members.first else None)
         members.together(lambda: layout.write(temporary, table, held, with_values=members.first))
-        members.together(lambda: _publish(temporary, path) if members.first else None)
+        members.together(lambda: publish(temporary, path) if members.first else None)
     except BaseException:
         if members.first:
             temporary.unlink(missing_ok=True)
         raise
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Give the finished file its name, down to the disk."""
-    os.replace(temporary, path)
-    if os.name == "posix":
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 def _check_fits(

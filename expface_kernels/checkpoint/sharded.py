@@ -2,14 +2,12 @@
 
 torch's engine cuts a DTensor anew for other ranks by itself. Around it stand here what it leaves open: a
 directory that is there whole or not at all, everything checked before the first value changes, and no
-pickle that could run code.
+file's pickle that could run code.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import shutil
 import uuid
 import warnings
@@ -21,22 +19,29 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
+from expface_kernels.checkpoint.dcp_files import Planner, Reader, check_files, read_index
 from expface_kernels.checkpoint.members import Members
+from expface_kernels.checkpoint.optimizer_state import (
+    GROUPS,
+    OPTIMIZER,
+    STATE,
+    Groups,
+    check_count,
+    in_order,
+    optimizer_to_save,
+    put_back_on_failure,
+    saved_groups,
+    set_optimizer,
+    state_to_fill,
+)
+from expface_kernels.checkpoint.publish import publish
+from expface_kernels.heads import STEP_KEY, MarginSoftmaxHead
+from expface_kernels.partial_fc.module import CentreModule
 
 MODEL = "model"
-OPTIMIZER = "optimizer"
-INDEX_FILE = ".metadata"
 
 
 def save_sharded(
@@ -60,10 +65,12 @@ def save_sharded(
             none.
 
     Raises:
-        FileExistsError: there is such a directory. ValueError: DTensors of several groups, and none named.
-        RuntimeError: another rank failed, and its error.
+        FileExistsError: there is such a directory. ValueError: DTensors of several groups, and none named; a
+            PartialFC_V2 of several ranks, whose plain weight the engine would take for the same everywhere;
+            a parameter of another model. RuntimeError: another rank failed, and its error.
     """
     target = Path(directory)
+    _refuse_plain_shards(model)
     members = Members(_group_of(model, process_group))
     token = members.gather(uuid.uuid4().hex)[0]
     temporary = target.with_name(f".{target.name}.{token}.tmp")
@@ -73,7 +80,7 @@ def save_sharded(
         members.together(
             lambda: _engine(dcp.save, state, members, storage_writer=dcp.FileSystemWriter(temporary))
         )
-        members.together(lambda: os.rename(temporary, target) if members.first else None)
+        members.together(lambda: publish(temporary, target) if members.first else None)
     except BaseException:
         if members.first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -89,43 +96,47 @@ def load_sharded(
 ) -> None:
     """Load what `save_sharded` wrote on any number of ranks, in place; every rank calls this.
 
-    Names, shapes, dtypes and files are checked on every rank before the first value changes. With an
-    optimizer, gradients are set to None, and its hyperparameters become those of the checkpoint.
+    Names, shapes, dtypes, groups of parameters and files are checked on every rank before the first value
+    changes; until then a failure leaves all as it was. With an optimizer, gradients are set to None, and its
+    hyperparameters become those of the checkpoint. A head's sampling_step does, too, where it was saved with
+    sample_rate < 1, whether it samples now or not.
 
     Args:
-        directory, model, optimizer, process_group: as in `save_sharded`; the same names of parameters.
+        directory, model, optimizer, process_group: as in `save_sharded`; the same names of parameters, in the
+            same groups.
 
     Raises:
         FileNotFoundError, ValueError: no or an incomplete checkpoint, a file missing or truncated, another
-            num_classes, D, dtype or kind of optimizer; both sides are named.
+            num_classes, D, dtype, kind of optimizer or grouping of parameters; both sides are named. What
+            `save_sharded` refuses.
         pickle.UnpicklingError: it holds code. RuntimeError: another rank failed, and its error.
     """
     source = Path(directory)
+    _refuse_plain_shards(model)
     members = Members(_group_of(model, process_group))
-    metadata = members.together(lambda: _read_index(source))
-    kept = {} if optimizer is None else dict(optimizer.state)
-    gradients = [] if optimizer is None else _gradients(optimizer)
-    try:
+    metadata = members.together(lambda: read_index(source))
+    members.together(lambda: check_files(source, metadata))
+    with put_back_on_failure(optimizer):
+        groups = None if optimizer is None else _read_groups(source, metadata, model, optimizer, members)
         state = members.together(lambda: _state_to_fill(metadata, model, optimizer))
         members.together(lambda: _check(source, metadata, state))
-    except BaseException:
-        if optimizer is not None:
-            optimizer.state.clear()
-            optimizer.state.update(kept)
-            _set_gradients(gradients)
-        raise
-    kept.clear()
-    gradients.clear()
-    reader = _Reader(source)
-    members.together(lambda: _engine(dcp.load, state, members, storage_reader=reader, planner=_Planner()))
-    set_model_state_dict(model, state[MODEL])
-    if optimizer is not None:
-        if state[OPTIMIZER]["state"]:
-            lenient = StateDictOptions(strict=False)  # not all need have state; _check was strict
-            set_optimizer_state_dict(model, optimizer, state[OPTIMIZER], options=lenient)
-        else:
-            optimizer.state.clear()
-            _set_hyperparameters(optimizer, state[OPTIMIZER]["param_groups"])
+    _fill(state, source, members)
+    _set_model(model, state[MODEL])
+    if optimizer is not None and groups is not None:
+        set_optimizer(model, optimizer, state[OPTIMIZER][STATE], groups)
+
+
+def _refuse_plain_shards(model: nn.Module) -> None:
+    """ValueError for a module whose weight is one rank's share and does not say so, as a DTensor does."""
+    for name, module in model.named_modules():
+        ranks = module._ranks if isinstance(module, CentreModule) else None
+        if ranks is not None and ranks.size > 1 and not hasattr(module.weight, "device_mesh"):
+            raise ValueError(
+                f"model: expected centres as a DTensor, got the {type(module).__name__} {name!r} with a "
+                f"plain share on each of {ranks.size} ranks, of which one alone would be saved; save them by "
+                "save_centres(path, module.weight, optimizer, process_group=…), or a file of each rank as "
+                "InsightFace does, which open_insightface reads"
+            )
 
 
 def _group_of(model: nn.Module, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -162,70 +173,82 @@ def _engine(function: Any, state: dict[str, Any], members: Members, **options: A
             raise RuntimeError(f"torch.distributed.checkpoint: {error}") from error
 
 
+def _fill(state: dict[str, Any], source: Path, members: Members) -> None:
+    """Read into `state` what it has room for."""
+    reader = Reader(source)
+    members.together(lambda: _engine(dcp.load, state, members, storage_reader=reader, planner=Planner()))
+
+
 def _state_to_save(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     state: dict[str, Any] = {MODEL: get_model_state_dict(model)}
     if optimizer is not None:
-        stepped = bool(optimizer.state)
-        gradients = _gradients(optimizer)
-        optimizer.zero_grad(set_to_none=True)  # or torch would make up no state
-        state[OPTIMIZER] = get_optimizer_state_dict(model, optimizer)
-        _set_gradients(gradients)
-        if not stepped:  # torch has made up a state by a step at learning rate 0
-            optimizer.state.clear()
-            state[OPTIMIZER]["state"] = {}
+        state[OPTIMIZER] = optimizer_to_save(model, optimizer)
     return state
+
+
+def _read_groups(
+    source: Path,
+    metadata: Metadata,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    members: Members,
+) -> Groups:
+    """The checkpoint's groups of parameters with their hyperparameters; they must be those of `optimizer`."""
+    saved = saved_groups(metadata)
+    members.together(lambda: check_count(source, saved, optimizer))
+    ours = members.together(lambda: optimizer_to_save(model, optimizer)[GROUPS])
+    _fill({OPTIMIZER: {GROUPS: saved}}, source, members)
+    return members.together(lambda: in_order(source, saved, ours))
 
 
 def _state_to_fill(
     metadata: Metadata, model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> dict[str, Any]:
-    """The model's tensors, and an optimizer state of every parameter, for the engine to write into."""
+    """The model's tensors, and the optimizer's state by parameter, for the engine to write into."""
     state: dict[str, Any] = {MODEL: get_model_state_dict(model)}
+    for name in _sampling_steps(model):
+        # A head that samples has this entry; it may do so again or no longer.
+        if f"{MODEL}.{name}" in metadata.state_dict_metadata:
+            state[MODEL].setdefault(name, torch.tensor(0))
+        else:
+            state[MODEL].pop(name, None)
     if optimizer is not None:
-        optimizer.state.clear()
-        optimizer.zero_grad(set_to_none=True)
-        state[OPTIMIZER] = get_optimizer_state_dict(model, optimizer)
-        made_up = state[OPTIMIZER]["state"]
-        for name in [name for name in made_up if not _has_state(metadata, name)]:
-            del made_up[name]  # had none when it was saved: before the first step, or never trained
+        state[OPTIMIZER] = {STATE: state_to_fill(metadata, model, optimizer)}
     return state
 
 
-def _has_state(metadata: Metadata, name: str) -> bool:
-    return any(key.startswith(f"{OPTIMIZER}.state.{name}.") for key in metadata.state_dict_metadata)
+def _set_model(model: nn.Module, state: dict[str, Any]) -> None:
+    """torch gives parameters and buffers the names that they have inside DDP and torch.compile, no others."""
+    for name, inside in _sampling_steps(model).items():
+        if name in state:
+            state[inside] = state.pop(name)
+    set_model_state_dict(model, state)
 
 
-def _gradients(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor | None]]:
-    return [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
-
-
-def _set_gradients(gradients: list[tuple[Tensor, Tensor | None]]) -> None:
-    for parameter, gradient in gradients:
-        parameter.grad = gradient
-
-
-def _set_hyperparameters(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        group.update({key: value for key, value in saved.items() if key != "params"})
-
-
-def _read_index(source: Path) -> Metadata:
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such directory")
-    if not (source / INDEX_FILE).is_file():
-        raise FileNotFoundError(f"{source}: expected a checkpoint directory, got one without {INDEX_FILE}")
-    return _Reader(source).read_metadata()
+def _sampling_steps(model: nn.Module) -> dict[str, str]:
+    """What the sampling_step of each head is called in a checkpoint, and what in the model's state_dict."""
+    steps = {}
+    for path, module in model.named_modules():
+        if isinstance(module, MarginSoftmaxHead):
+            plain, around = [], model
+            parts = [part for part in path.split(".") if part]
+            for part in parts:
+                if not (isinstance(around, nn.parallel.DistributedDataParallel) or part == "_orig_mod"):
+                    plain.append(part)
+                around = getattr(around, part)
+            steps[".".join([*plain, STEP_KEY])] = ".".join([*parts, STEP_KEY])
+    return steps
 
 
 def _check(source: Path, metadata: Metadata, state: dict[str, Any]) -> None:
-    """Names, shapes and dtypes against the checkpoint's index, and its files against the disk."""
+    """Names, shapes and dtypes against the checkpoint's index."""
     saved = metadata.state_dict_metadata
     wanted = {f"{MODEL}.{name}": value for name, value in state[MODEL].items()}
     parts = [MODEL]
     if OPTIMIZER in state:
-        parts.append(f"{OPTIMIZER}.state")
-        for name, values in state[OPTIMIZER]["state"].items():
-            wanted |= {f"{OPTIMIZER}.state.{name}.{key}": value for key, value in values.items()}
+        parts.append(f"{OPTIMIZER}.{STATE}")
+        for name, values in state[OPTIMIZER][STATE].items():
+            wanted |= {f"{OPTIMIZER}.{STATE}.{name}.{key}": value for key, value in values.items()}
     present = {key for key in saved if any(key.startswith(f"{part}.") for part in parts)}
     for what, keys in (("without", set(wanted) - present), ("with the unknown", present - set(wanted))):
         if keys:
@@ -243,77 +266,3 @@ def _check(source: Path, metadata: Metadata, state: dict[str, Any]) -> None:
                 )
             if value.dtype != entry.properties.dtype:
                 raise ValueError(f"{source}: {key}: expected {value.dtype}, got {entry.properties.dtype}")
-    _check_files(source, metadata)
-
-
-def _check_files(source: Path, metadata: Metadata) -> None:
-    ends: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    for name, end in sorted(ends.items()):
-        if not (source / name).is_file():
-            raise FileNotFoundError(f"{source / name}: a shard of the checkpoint is missing")
-        size = (source / name).stat().st_size
-        if size < end:
-            raise ValueError(f"{source / name}: expected at least {end} bytes, got {size}: it is truncated")
-
-
-class _Reader(dcp.FileSystemReader):
-    """torch's reader, whose index may hold nothing but the types of an index."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / INDEX_FILE, "rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise ValueError(f"{self.path}: expected Metadata in {INDEX_FILE}, got {type(metadata).__name__}")
-        if metadata.storage_meta is not None:
-            metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Looks up the types of a checkpoint's index and no others, so that loading one runs no code."""
-
-    allowed = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("collections", "OrderedDict"),
-        }
-        | {
-            (module, name)
-            for module in ("pathlib", "pathlib._local")
-            for name in ("PosixPath", "WindowsPath")
-        }
-        | {
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                "_MEM_FORMAT_ENCODING",
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "Metadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "TensorProperties",
-                "TensorStorageMetadata",
-            )
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"{INDEX_FILE}: expected a checkpoint's index, got {module}.{name}")
-        return super().find_class(module, name)
-
-
-class _Planner(DefaultLoadPlanner):
-    """torch's planner, but values that are no tensors are read with weights_only=True."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        *path, last = self.mappings[read_item.dest_index.fqn]
-        inside: Any = self.original_state_dict
-        for key in path:
-            inside = inside[key]
-        inside[last] = torch.load(value, weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from expface_kernels import MarginSoftmaxHead
-from expface_kernels.checkpoint import load_sharded, save_sharded, sharded
+from expface_kernels.checkpoint import load_sharded, save_sharded
+from expface_kernels.checkpoint.dcp_files import Planner, Reader
 from tests.test_checkpoint.trained import OPTIMIZERS, D, Head, assert_is_truth, fill_with_truth
 
 C = 11
@@ -51,8 +53,16 @@ def test_another_number_of_classes(checkpoint: Path) -> None:
 
 
 def test_another_optimizer(checkpoint: Path) -> None:
-    message = r"got a checkpoint without \['optimizer.state.head.weight.momentum_buffer'\]"
+    message = r"got one without \['dampening', 'momentum', 'nesterov'\]"
     assert_refused_and_nothing_lost(checkpoint, ValueError, message, kind="sgd")
+
+
+def test_another_state_of_the_same_optimizer(checkpoint: Path) -> None:
+    model = nn.ModuleDict({"head": Head(C)})
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    with pytest.raises(ValueError, match=r"without \['optimizer.state.head.weight.max_exp_avg_sq'\]"):
+        load_sharded(checkpoint, model, optimizer)
+    assert not optimizer.state
 
 
 def test_another_dtype_and_another_module(checkpoint: Path) -> None:
@@ -103,6 +113,21 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(RuntimeError, match="No space left on device"):
         save_sharded(tmp_path / "checkpoint", *trained())
     assert not list(tmp_path.iterdir())
+
+
+def test_the_names_are_on_the_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a power cut could take the directory, or the files in it, away again."""
+    target, done, fsync = tmp_path / "checkpoint", [], os.fsync
+
+    def noticed(file: int) -> None:
+        done.append((os.fstat(file).st_ino, target.exists()))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noticed)
+    save_sharded(target, *trained())
+    files = {(path.stat().st_ino, False) for path in [target, *target.iterdir()]}
+    assert files < set(done)
+    assert done[-1] == (tmp_path.stat().st_ino, True)
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
@@ -177,8 +202,8 @@ def test_a_value_with_code_does_not_run_it(tmp_path: Path, monkeypatch: pytest.M
     state = {"model": {}, "optimizer": {"state": {}, "param_groups": [{"lr": Exploit()}]}}
     dcp.save(state, checkpoint_id=tmp_path / "bad", no_dist=True)
     monkeypatch.chdir(tmp_path)
-    planner = sharded._Planner()
+    planner = Planner()
     wanted: dict[str, Any] = {"model": {}, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
     with pytest.raises(BaseException, match=r"weights_only|Weights only"):
-        dcp.load(wanted, storage_reader=sharded._Reader(tmp_path / "bad"), planner=planner, no_dist=True)
+        dcp.load(wanted, storage_reader=Reader(tmp_path / "bad"), planner=planner, no_dist=True)
     assert not (tmp_path / "ran").exists()
