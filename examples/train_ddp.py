@@ -143,8 +143,10 @@ def build(options: argparse.Namespace, classes: int, group: Any, device: torch.d
     )
     model = nn.ModuleDict({"backbone": backbone, "head": head})
     recipe = Recipe()
+    # The head's weight is a DTensor. On GPUs optimizers update a group in one call, and that refuses plain
+    # tensors and DTensors together.
     optimizer = torch.optim.SGD(
-        model.parameters(),
+        [{"params": backbone.parameters()}, {"params": head.parameters()}],
         lr=recipe.lr,
         momentum=recipe.momentum,
         nesterov=True,
@@ -171,7 +173,8 @@ def train_epoch(
     with tqdm(total=len(batches), desc=f"epoch {epoch}", disable=not training.first, leave=False) as bar:
         for number, rows in enumerate(batches):
             step = (epoch - 1) * len(batches) + number
-            training.optimizer.param_groups[0]["lr"] = learning_rate(step, steps, recipe)
+            for group in training.optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, recipe)
             x = augment(images[rows].float() / 255, generator)
             loss = _step(training, x.to(training.device), labels[rows].to(training.device), options.clip)
             if not math.isfinite(loss):  # the same on every rank

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,15 +25,51 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All that a checkpoint of the toy holds of the model, read by one process without a group."""
-    head = MarginSoftmaxHead(EMBEDDING_SIZE, 64, ExpFace(), seed=9)
+State = dict[str, torch.Tensor]
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """A copy, of a DTensor over all ranks."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def state_of(model: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> State:
+    """All that goes on: what the model holds, and each parameter's momentum."""
+    found = {
+        name.replace("backbone.module.", "backbone."): whole(t) for name, t in model.state_dict().items()
+    }
+    for name, parameter in model.named_parameters():
+        momentum = optimizer.state[parameter]["momentum_buffer"]
+        found["momentum of " + name.replace("backbone.module.", "backbone.")] = whole(momentum)
+    return found
+
+
+def saved(checkpoint: Path, **options: Any) -> tuple[State, torch.optim.Optimizer]:
+    """All that a checkpoint of the toy holds, read by one process without a group."""
+    head = MarginSoftmaxHead(EMBEDDING_SIZE, 64, ExpFace(), seed=9, **options)
     model = nn.ModuleDict({"backbone": make_net(9), "head": head})
-    load_sharded(checkpoint, model)
-    return model.state_dict()
+    groups = [{"params": part.parameters()} for part in model.values()]
+    optimizer = torch.optim.SGD(groups, lr=9.0, momentum=0.9)
+    load_sharded(checkpoint, model, optimizer)
+    return state_of(model, optimizer), optimizer
 
 
-def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+def resumed(group: Any, arguments: argparse.Namespace) -> State:
+    """Go on from the last checkpoint; what this rank began its first epoch with."""
+    began: State = {}
+    train_epoch = train_ddp.train_epoch
+
+    def watched(training: train_ddp.Training, *others: Any) -> None:
+        if not began:
+            began.update(state_of(training.model, training.optimizer))
+        train_epoch(training, *others)
+
+    with mock.patch.object(train_ddp, "train_epoch", watched):
+        train_ddp.run(group, CPU, arguments)
+    return began
+
+
+def differ(one: State, other: State) -> list[str]:
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
 
@@ -62,11 +100,12 @@ def test_torchrun_on_two_processes_then_resume_on_three_and_on_one(
     assert done.stderr.count("epoch 1:   0%") == 1, "one progress bar, on the first rank"
     assert shards(tmp_path / "epoch-1") == 2
 
-    run_ranks(3, train_ddp.run, CPU, options(tmp_path, 2))
+    began = run_ranks(3, resumed, options(tmp_path, 2))
     assert shards(tmp_path / "epoch-2") == 3
     assert train_ddp.main(["--toy", "--resume", "--epochs", "3", "--out", str(tmp_path)]) == 0
     assert f"1 process(es) on cpu: from {tmp_path}/epoch-2" in capsys.readouterr().out
-    one, two, three = (weights(tmp_path / f"epoch-{epoch}") for epoch in (1, 2, 3))
+    one, two, three = (saved(tmp_path / f"epoch-{epoch}")[0] for epoch in (1, 2, 3))
+    assert [differ(found, one) for found in began] == [[], [], []], "begun from the checkpoint, bit by bit"
     assert len(differ(one, two)) == len(one)
     assert len(differ(two, three)) == len(one)
     steps = [int(found["backbone.norm.num_batches_tracked"]) for found in (one, two, three)]
@@ -80,14 +119,12 @@ def test_what_is_resumed_is_what_would_have_been(tmp_path: Path) -> None:
     assert train_ddp.main([*arguments, str(straight)]) == 0
     shutil.copytree(straight / "epoch-1", stopped / "epoch-1")
     assert train_ddp.main([*arguments, str(stopped), "--resume"]) == 0
-    head = MarginSoftmaxHead(EMBEDDING_SIZE, 64, ExpFace(), sample_rate=0.5)
     read = []
     for out in (straight, stopped):
-        model = nn.ModuleDict({"backbone": make_net(9), "head": head})
-        optimizer = torch.optim.SGD(model.parameters(), lr=9.0, momentum=0.9)
-        load_sharded(out / "epoch-2", model, optimizer)
-        assert optimizer.param_groups[0]["lr"] == learning_rate(11, 12, Recipe(epochs=2))
-        read.append({name: value.clone() for name, value in model.state_dict().items()})
+        state, optimizer = saved(out / "epoch-2", sample_rate=0.5)
+        last = learning_rate(11, 12, Recipe(epochs=2))
+        assert [group["lr"] for group in optimizer.param_groups] == [last, last]
+        read.append(state)
     assert differ(*read) == []
     assert int(read[0]["head.sampling_step"]) == 12
 

@@ -5,6 +5,7 @@ B rows of a rank · N rows of all ranks · F features of an image · D of an emb
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -48,7 +49,9 @@ def train(group: Any, classes: int, dtype: torch.dtype) -> Trained:
     module = new_backbone(dtype)
     head = MarginSoftmaxHead(D, classes, process_group=group, dtype=dtype)
     backbone = module if group is None else DistributedDataParallel(module, process_group=group)
-    optimizer = torch.optim.SGD([*module.parameters(), *head.parameters()], lr=LR)
+    optimizer = torch.optim.SGD(
+        [{"params": module.parameters()}, {"params": head.parameters()}], lr=LR, foreach=True
+    )
     for step in range(STEPS):
         x, y = images(step, classes, dtype)
         loss = head(backbone(x[own]), y[own])
@@ -88,13 +91,21 @@ def test_twenty_steps_arrive_where_one_process_does(
         assert on_ranks[3][5, torch.float64][1].shape == (0, D)
 
 
+SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=0.1, nesterov=True)
 OPTIMIZERS: dict[str, Any] = {
-    "SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, weight_decay=0.1, nesterov=True),
-    "Adam": lambda p: torch.optim.Adam(p, 1e-3),
-    "AdamW": lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.1),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, 1e-3),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, 1e-3),
+    "SGD": SGD,
+    "Adam": partial(torch.optim.Adam, lr=1e-3),
+    "AdamW": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
+    "RMSprop": partial(torch.optim.RMSprop, lr=1e-3),
+    "Adagrad": partial(torch.optim.Adagrad, lr=1e-3),
 }
+# How an update is computed; on GPUs "foreach" is torch's choice where nothing is said.
+WAYS: dict[str, dict[str, bool]] = {
+    "one by one": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+FUSED = ("Adam", "AdamW")  # torch has no other for DTensors
 FEW = 5  # classes: the last of 4 ranks has none
 
 
@@ -106,6 +117,7 @@ class Model:
         self.backbone = new_backbone(torch.float64)
         self.head = MarginSoftmaxHead(D, FEW, ExpFace(), process_group=group, dtype=torch.float64)
         self.parameters = [*self.backbone.parameters(), *self.head.parameters()]
+        self.groups = [{"params": list(module.parameters())} for module in (self.backbone, self.head)]
         self.replicated: nn.Module = self.backbone
         if group is not None:
             self.replicated = DistributedDataParallel(self.backbone, process_group=group)
@@ -128,16 +140,29 @@ class Model:
         return [local(p).clone() for p in self.parameters]
 
 
-def optimized(group: Any) -> dict[str, list[Tensor]]:
+def optimized(group: Any) -> dict[tuple[str, str], list[Tensor]]:
     found = {}
     for name, make in OPTIMIZERS.items():
-        model = Model(group)
-        optimizer = make(model.parameters)
-        for step in range(3):
-            model.backward(step)
-            optimizer.step()
-        found[name] = model.values()
+        for way, options in WAYS.items():
+            if way == "fused" and name not in FUSED:
+                continue
+            model = Model(group)
+            optimizer = make(model.groups, **options)
+            for step in range(3):
+                model.backward(step)
+                optimizer.step()
+            found[name, way] = model.values()
     return found
+
+
+def all_in_one_group(group: Any) -> str:
+    """What an optimizer says to backbone and head in one group, as torch updates one on GPUs."""
+    model = Model(group)
+    optimizer = SGD(model.parameters, foreach=True)
+    model.backward(0)
+    with pytest.raises(RuntimeError) as raised:
+        optimizer.step()
+    return str(raised.value)
 
 
 def assert_as_alone(on_ranks: list[list[Tensor]], alone: list[Tensor], what: str) -> None:
@@ -149,10 +174,15 @@ def assert_as_alone(on_ranks: list[list[Tensor]], alone: list[Tensor], what: str
     assert relative_error(centres, alone[-1]) <= SHARDED[centres.dtype], f"{what}: centres"
 
 
-def test_every_optimizer_takes_backbone_and_head_together() -> None:
+def test_every_optimizer_takes_backbone_and_head_in_groups_of_their_own() -> None:
     on_ranks, alone = run_ranks(4, optimized), optimized(None)
     for name, right in alone.items():
-        assert_as_alone([found[name] for found in on_ranks], right, name)
+        assert_as_alone([found[name] for found in on_ranks], right, ", ".join(name))
+
+
+def test_in_one_group_torch_refuses_them_where_it_updates_a_group_at_once() -> None:
+    """The reason for two groups in README, docs and example."""
+    assert "got mixed torch.Tensor and DTensor" in run_ranks(1, all_in_one_group)[0]
 
 
 NORMS = (2.0, 1.0, 3.0, float("inf"))
@@ -207,7 +237,7 @@ def scaled(group: Any) -> list[tuple[float, list[Tensor]]]:
     """Scale and parameters after each of three steps; in the second the first centre's gradient overflows."""
     model = Model(group)
     scaler: Any = torch.amp.GradScaler("cpu") if group is None else GradScaler("cpu", process_group=group)
-    optimizer = torch.optim.SGD(model.parameters, lr=0.01)
+    optimizer = torch.optim.SGD(model.groups, lr=0.01, foreach=True)
     found = []
     for step in range(3):
         optimizer.zero_grad()
