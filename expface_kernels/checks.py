@@ -86,6 +86,13 @@ def check_num_rows(margin: Any, rows: int) -> None:
             )
 
 
+def check_k(k: Any, classes: int) -> None:
+    """How many nearest classes are wanted: 1 ≤ k ≤ classes."""
+    check_integer("k", k, least=1)
+    if k > classes:
+        raise ValueError(f"k: expected at most the {classes} classes there are, got {k}")
+
+
 def check_scale(scale: Any) -> None:
     """A finite number above 0."""
     _check_number("scale", scale)

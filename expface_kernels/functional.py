@@ -20,7 +20,7 @@ from expface_kernels import backends, ops
 from expface_kernels.backends.base import Forward, Request
 from expface_kernels.checks import (
     check_class_subset,
-    check_integer,
+    check_k,
     check_labels,
     check_options,
     check_rows_and_centres,
@@ -233,9 +233,7 @@ def topk_cosine(
     and classes (B, k) int64. No gradient. Peak extra memory: two tiles of cosines (64 MB) + O(B·(k + D)).
     """
     check_rows_and_centres(embeddings, weight)
-    check_integer("k", k, least=1)
-    if k > weight.shape[0]:
-        raise ValueError(f"k: expected at most the {weight.shape[0]} classes there are, got {k}")
+    check_k(k, weight.shape[0])
     name = backends.resolve(backend, embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         return backends.serving(name, embeddings, weight).topk(embeddings, weight, k)

@@ -135,10 +135,11 @@ class MarginSoftmaxHead(CentreModule):
             self.workspace_bytes = workspace_bytes
             self.backend = backend
             self.seed = seed
-        except (TypeError, ValueError) as error:
+            told = self._construction(dtype)
+        except Exception as error:
             self._tell_of_failure(error)
             raise
-        self._agree(self._construction(dtype))
+        self._agree(told)
         self._step = 0
         self._make_weight(device, dtype)
         self.reset_parameters()
@@ -215,9 +216,6 @@ class MarginSoftmaxHead(CentreModule):
         """
         if self._ranks is None:
             return topk_cosine(embeddings, self.weight, k, backend=self.backend)
-        check_integer("k", k, least=1)
-        if k > self.num_classes:
-            raise ValueError(f"k: expected at most the {self.num_classes} classes there are, got {k}")
         return partial_topk(embeddings, self.local_weight, k, self._setting())
 
     def _setting(self) -> Setting:

@@ -29,7 +29,7 @@ from expface_kernels.compat.insightface_margins import (
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, Negatives
 from expface_kernels.margins import Margin, describe
 from expface_kernels.partial_fc.centres import initialize
-from expface_kernels.partial_fc.comm import Ranks
+from expface_kernels.partial_fc.comm import Ranks, tell_of_failure
 from expface_kernels.partial_fc.loss import Setting, partial_loss
 from expface_kernels.partial_fc.module import CentreModule
 from expface_kernels.partial_fc.ranges import insightface_ranges
@@ -118,7 +118,7 @@ class PartialFC_V2(CentreModule):
             self.workspace_bytes = DEFAULT_WORKSPACE_BYTES
             self.backend = "auto"
             told = self._construction()
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             self._tell_of_failure(error)
             raise
         self._agree(told)
@@ -159,7 +159,12 @@ class PartialFC_V2(CentreModule):
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """The mean loss () over the rows of all ranks; see the class for shapes and errors."""
-        setting = self._setting()
+        try:
+            setting = self._setting()
+        except Exception as error:  # what is assigned to a margin object of theirs shows here
+            if self._ranks is not None:
+                tell_of_failure(error, self._ranks)
+            raise
         with torch.autocast(self.weight.device.type, dtype=torch.float16, enabled=self.fp16):
             loss = partial_loss(local_embeddings, self.weight, local_labels, setting)
         assert isinstance(loss, Tensor)
@@ -168,8 +173,10 @@ class PartialFC_V2(CentreModule):
     def _setting(self) -> Setting:
         known = self._recognised()
         negatives: Callable[..., Negatives] = functional.negatives_of
-        if known.filter_threshold > 0:
-            negatives = partial(filtered_negatives_of, threshold=known.filter_threshold)
+        backend, threshold = self.backend, known.filter_threshold
+        if threshold > 0:
+            # It takes whatever the reference takes, on any device.
+            negatives, backend = partial(filtered_negatives_of, threshold=threshold), "reference"
         return Setting(
             num_classes=self.num_classes,
             shard=self._shard,
@@ -179,11 +186,12 @@ class PartialFC_V2(CentreModule):
             ignore_index=self.ignore_index,
             target_gradient="detached",
             workspace_bytes=self.workspace_bytes,
-            backend=self.backend,
+            backend=backend,
             ranks=self._ranks,
             sample=Sampler(self.num_sample, self.rank) if self.sample_rate < 1 else None,
             sample_rate=self.sample_rate,
             negatives=negatives,
+            also={"interclass_filtering_threshold": str(threshold), "fp16": str(self.fp16)},
         )
 
     def extra_repr(self) -> str:

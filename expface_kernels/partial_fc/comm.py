@@ -2,13 +2,17 @@
 
 A step sends, in this order: one int64 a rank (`exchange`; not with equal_rows), the rows and their labels
 (`gather`), then log l and theta of all rows (`combine`); its backward sends the rows' gradient. Statistics, a
-margin with per-row parameters and reduction="none" add one each. Nothing here grows with the classes.
+margin with a value a row and reduction="none" add one each. Nothing here grows with the classes.
+
+A rank that cannot go on says so where the others listen: in `exchange` (by `tell_of_failure`) or in
+`gather_unless_refused` (by `refuse_to_gather`). Then all raise, and none waits for one that has left.
 
 W ranks · B rows of this rank · N rows of all ranks, by rank · D features · eqs.: docs/math.md
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections.abc import Callable
@@ -103,6 +107,24 @@ def exchange(header: Header, options: dict[str, str], error: str | None, ranks: 
     return headers
 
 
+def tell_of_failure(error: Exception, ranks: Ranks) -> None:
+    """In `exchange`'s place on a rank that is about to raise: the others raise too, and wait for nobody."""
+    header = Header(0, torch.float32, False, True, 0)
+    with contextlib.suppress(ValueError):  # what all ranks are told; here the error itself is better
+        exchange(header, {}, _text(error), ranks)
+
+
+def tell_of_error(error: Exception, ranks: Ranks, what: str) -> None:
+    """The same in `check_agreement`'s place."""
+    with contextlib.suppress(ValueError):
+        check_agreement({}, _text(error), ranks, what)
+
+
+def _text(error: Exception) -> str:
+    """What the other ranks are told; whose text alone would say little is named."""
+    return str(error) if isinstance(error, (TypeError, ValueError, RuntimeError)) else repr(error)
+
+
 def check_agreement(told: dict[str, str], error: str | None, ranks: Ranks, what: str) -> None:
     """ValueError on every rank, naming ranks and values, unless all ranks say the same and none has an error.
 
@@ -145,6 +167,32 @@ def gather(own: Tensor, rows: list[int], ranks: Ranks) -> Tensor:
     if min(rows) == largest:
         return everyone
     return torch.cat([part[:n] for part, n in zip(everyone.split(largest), rows, strict=True)])
+
+
+def gather_unless_refused(own: Tensor, rows: list[int], ranks: Ranks) -> Tensor:
+    """`gather` of rows (B, k) float64, and of one more a rank that says whether it goes on; read on the host.
+
+    ValueError where a rank calls `refuse_to_gather` instead.
+    """
+    everyone = _with_flags(own, False, rows, ranks)
+    if bool(everyone[:, -1].any()):
+        check_agreement({}, None, ranks, "this call")
+    return torch.cat([part[:n] for part, n in zip(everyone, rows, strict=True)])
+
+
+def refuse_to_gather(width: int, error: Exception, rows: list[int], ranks: Ranks) -> None:
+    """On a rank that is about to raise, where the others gather rows (B, width): they raise too."""
+    nothing = torch.zeros((rows[ranks.rank], width), dtype=torch.float64, device=ranks.device)
+    _with_flags(nothing, True, rows, ranks)
+    tell_of_error(error, ranks, "this call")
+
+
+def _with_flags(own: Tensor, flag: bool, rows: list[int], ranks: Ranks) -> Tensor:
+    """(W, max(rows) + 1, k): every rank's rows, the last of which is its flag."""
+    largest = max(rows)
+    sent = _padded(own, largest + 1)
+    sent[largest] = flag
+    return _all_gather(sent, ranks).view(ranks.size, largest + 1, -1)
 
 
 def own_slice(rows: list[int], ranks: Ranks) -> slice:

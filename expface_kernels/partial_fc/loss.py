@@ -8,9 +8,8 @@ y labels as the op takes them: position, NO_TARGET or INVALID_TARGET · eqs.: do
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expface_kernels import functional, ops
+from expface_kernels import backends, functional, ops
 from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET
-from expface_kernels.checks import check_labels, check_num_rows, check_rows_and_centres
+from expface_kernels.checks import check_k, check_labels, check_num_rows, check_rows_and_centres
 from expface_kernels.functional import Negatives
 from expface_kernels.margins import MarginFunction, describe, is_per_row, target_similarity
 from expface_kernels.partial_fc import comm
@@ -35,7 +34,7 @@ None for all: `sampling.Sampler`, or a rule of another's."""
 
 @dataclass(frozen=True)
 class Setting:
-    """What one call of a head computes; all but the shard, memory and the backend the same on every rank."""
+    """What one call of a head computes; all but the shard and memory the same on every rank."""
 
     num_classes: int
     shard: ClassRange
@@ -58,6 +57,8 @@ class Setting:
     equal_rows: bool = False
     negatives: Callable[..., Negatives] = functional.negatives_of
     """What looks at this rank's classes; another with the same arguments may take its place."""
+    also: Mapping[str, str] = field(default_factory=dict)
+    """Name → text of what else ranks must agree on."""
 
     @property
     def grad_scale(self) -> float:
@@ -76,6 +77,8 @@ class Setting:
             "target_gradient": self.target_gradient,
             "sample_rate": str(self.sample_rate if self.sample is not None else 1.0),
             "embedding_grad_scale": str(self.grad_scale),
+            "backend": self.backend,
+            **self.also,
             **{name: str(value) for name, value in others.items()},
         }
 
@@ -105,7 +108,14 @@ def partial_loss(
     Raises on every rank, with the rank that caused it, what margin_cross_entropy raises (with equal_rows,
     where ranks tell each other nothing, only there). Collectives: comm.py; bytes: docs/partial_fc.md.
     """
-    batch = gather_batch(embeddings, local_weight, labels, setting, return_stats=return_stats)
+    batch = gather_batch(
+        embeddings,
+        local_weight,
+        setting,
+        lambda: _checked_labels(embeddings, labels, setting),
+        call="loss",
+        return_stats=return_stats,
+    )
     n = _local_negatives(batch, local_weight, setting, find_hardest=return_stats)
     ranks, rows, own = setting.ranks, batch.rows, batch.own
     log_l, theta = n.log_l, n.theta
@@ -128,31 +138,36 @@ def partial_loss(
 
 
 def gather_batch(
-    embeddings: Tensor, local_weight: Tensor, labels: Tensor | None, setting: Setting, **told: Any
+    embeddings: Tensor,
+    local_weight: Tensor,
+    setting: Setting,
+    own_labels: Callable[[], Tensor | None],
+    **told: Any,
 ) -> Batch:
-    """Check this rank's rows, hear of the others' and bring all of them here; labels None is none (topk)."""
+    """Check this rank's arguments, hear of the others' and bring all rows here.
+
+    own_labels: checks what else there is and returns labels (B,) as `Batch` has them, None for none. told:
+    more that ranks must agree on.
+    """
     ranks = setting.ranks
-    y = embeddings.new_empty(0, dtype=torch.int64) if isinstance(embeddings, Tensor) else None
     try:
         _check(embeddings, local_weight, setting)
-        if labels is not None:
-            check_labels(labels, embeddings)
-            check_num_rows(setting.margin, embeddings.shape[0])
-            y = ops.local_labels(labels.reshape(-1).long(), None, setting.num_classes, setting.ignore_index)
-    except (TypeError, ValueError) as error:
+        y = own_labels()
+        options = {} if ranks is None else setting.told(grad_enabled=torch.is_grad_enabled(), **told)
+    except Exception as error:
+        # Whatever raises later is not heard of by the other ranks.
         if ranks is not None and not setting.equal_rows:
-            _tell_of_failure(error, setting, told, ranks)
+            comm.tell_of_failure(error, ranks)
         raise
-    assert y is not None
     if ranks is None:
+        assert y is not None
         return Batch(embeddings, y, slice(0, embeddings.shape[0]), [embeddings.shape[0]])
 
     rows = [embeddings.shape[0]] * ranks.size
     if not setting.equal_rows:
-        embeddings, rows = _exchange(embeddings, setting, told, ranks)
+        embeddings, rows = _exchange(embeddings, options, ranks)
     x = comm.gather_embeddings(embeddings, rows, setting.grad_scale, ranks)
-    if labels is not None:
-        y = comm.gather(y, rows, ranks)
+    y = x.new_empty(0, dtype=torch.int64) if y is None else comm.gather(y, rows, ranks)
     return Batch(x, y, comm.own_slice(rows, ranks), rows)
 
 
@@ -164,14 +179,22 @@ def _check(embeddings: Tensor, local_weight: Tensor, setting: Setting) -> None:
     check_rows_and_centres(
         embeddings, local_weight if held else local_weight.new_empty(1, local_weight.shape[1])
     )
+    if setting.ranks is not None:
+        # A rank without rows takes on the dtype of the others', who check it.
+        rows = embeddings if embeddings.shape[0] else local_weight
+        backends.serving(backends.resolve(setting.backend, rows, local_weight), rows, local_weight)
 
 
-def _exchange(
-    embeddings: Tensor, setting: Setting, told: dict[str, Any], ranks: Ranks
-) -> tuple[Tensor, list[int]]:
+def _checked_labels(embeddings: Tensor, labels: Tensor, setting: Setting) -> Tensor:
+    """(B,) as `Batch` has them, where they and the margin fit this rank's rows."""
+    check_labels(labels, embeddings)
+    check_num_rows(setting.margin, embeddings.shape[0])
+    return ops.local_labels(labels.reshape(-1).long(), None, setting.num_classes, setting.ignore_index)
+
+
+def _exchange(embeddings: Tensor, options: dict[str, str], ranks: Ranks) -> tuple[Tensor, list[int]]:
     """The rows of every rank; a rank without rows takes on what the others' are like."""
     needs_grad = torch.is_grad_enabled() and embeddings.requires_grad
-    options = setting.told(grad_enabled=torch.is_grad_enabled(), **told)
     own = Header(embeddings.shape[0], embeddings.dtype, needs_grad, False, comm.checksum(options))
     headers = comm.exchange(own, options, None, ranks)
     agreed = headers[ranks.rank]
@@ -179,14 +202,6 @@ def _exchange(
     if agreed.needs_grad != own.needs_grad:
         embeddings = embeddings.detach().requires_grad_(agreed.needs_grad)
     return embeddings, [header.rows for header in headers]
-
-
-def _tell_of_failure(error: Exception, setting: Setting, told: dict[str, Any], ranks: Ranks) -> None:
-    """Let no rank wait for one that raises; the others raise too."""
-    options = setting.told(grad_enabled=torch.is_grad_enabled(), **told)
-    header = Header(0, torch.float32, False, True, comm.checksum(options))
-    with contextlib.suppress(ValueError):  # what all ranks are told; here the error itself is better
-        comm.exchange(header, options, str(error), ranks)
 
 
 def _local_negatives(batch: Batch, local_weight: Tensor, setting: Setting, find_hardest: bool) -> Negatives:
@@ -244,16 +259,14 @@ def _similarity(theta: Tensor, batch: Batch, setting: Setting) -> Tensor:
     if ranks is None or not is_per_row(margin) or theta.shape[0] == 0:
         return target_similarity(margin, theta, setting.target_gradient)
     exact = setting.target_gradient == "exact" and torch.is_grad_enabled()
-    angle = theta[batch.own].detach().requires_grad_(exact)
-    own_psi = target_similarity(margin, angle, "exact")
-    sent = [own_psi.detach()]
-    if exact:
-        slope = torch.zeros_like(angle)
-        if own_psi.requires_grad:
-            found = torch.autograd.grad(own_psi.sum(), angle, retain_graph=True, allow_unused=True)[0]
-            slope = slope if found is None else found
-        sent.append(slope)
-    gathered = comm.gather(torch.stack(sent, 1), batch.rows, ranks)
+    try:
+        own_psi, sent = _own_similarity(theta[batch.own].detach(), margin, exact)
+    except Exception as error:
+        if not setting.equal_rows:
+            comm.refuse_to_gather(2 if exact else 1, error, batch.rows, ranks)
+        raise
+    gather = comm.gather if setting.equal_rows else comm.gather_unless_refused
+    gathered = gather(sent, batch.rows, ranks)
     psi = gathered[:, 0]
     if exact:
         psi = psi + gathered[:, 1] * (theta - theta.detach())
@@ -265,6 +278,20 @@ def _similarity(theta: Tensor, batch: Batch, setting: Setting) -> Tensor:
     return psi + F.pad(own, (batch.own.start, theta.shape[0] - batch.own.stop))
 
 
+def _own_similarity(angle: Tensor, margin: MarginFunction, exact: bool) -> tuple[Tensor, Tensor]:
+    """psi (B,) of this rank's angles (B,), and (B, 1) float64 of its values, or (B, 2) with its slopes."""
+    angle = angle.requires_grad_(exact)
+    psi = target_similarity(margin, angle, "exact")
+    sent = [psi.detach()]
+    if exact:
+        slope = torch.zeros_like(angle)
+        if psi.requires_grad:
+            found = torch.autograd.grad(psi.sum(), angle, retain_graph=True, allow_unused=True)[0]
+            slope = slope if found is None else found
+        sent.append(slope)
+    return psi, torch.stack([values.to(angle.dtype) for values in sent], 1)
+
+
 def partial_topk(embeddings: Tensor, local_weight: Tensor, k: int, setting: Setting) -> tuple[Tensor, Tensor]:
     """Cosines (B, k), falling, and global classes (B, k) of the centres nearest to this rank's rows.
 
@@ -274,7 +301,9 @@ def partial_topk(embeddings: Tensor, local_weight: Tensor, k: int, setting: Sett
     ranks, (start, size) = setting.ranks, setting.shard
     assert ranks is not None
     with torch.no_grad():
-        batch = gather_batch(embeddings, local_weight, None, setting, k=k)
+        batch = gather_batch(
+            embeddings, local_weight, setting, lambda: check_k(k, setting.num_classes), call="topk", k=k
+        )
         rows = batch.x.shape[0]
         dtype = functional.loss_dtype(batch.x, local_weight)
         cos = batch.x.new_full((rows, k), -torch.inf, dtype=dtype)

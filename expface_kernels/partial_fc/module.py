@@ -5,14 +5,13 @@ D features
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from torch import nn
 
-from expface_kernels.partial_fc.comm import Ranks, check_agreement
+from expface_kernels.partial_fc.comm import Ranks, check_agreement, tell_of_error
 from expface_kernels.partial_fc.ranges import ClassRange
 from expface_kernels.partial_fc.replication import refuse_ddp
 
@@ -70,5 +69,4 @@ class CentreModule(nn.Module):
     def _tell_of_failure(self, error: Exception) -> None:
         """In `_agree`'s place on a rank that is about to raise: the others raise too."""
         if self._ranks is not None:
-            with contextlib.suppress(ValueError):  # what all ranks are told; here the error itself is better
-                check_agreement({}, str(error), self._ranks, self.BUILT)
+            tell_of_error(error, self._ranks, self.BUILT)

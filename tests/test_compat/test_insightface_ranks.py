@@ -235,6 +235,54 @@ def test_ranks_that_disagree_or_fail_are_named_on_every_rank() -> None:
     assert "rank 1 of process_group refused this call: labels: expected 0 <= label" in both[0][5]
 
 
+def stepping(group: dist.ProcessGroup) -> dict[str, str]:
+    """What each rank is told where rank 1 changes something between steps, and how a step goes afterwards."""
+    x, w, y = whole()
+    odd = dist.get_rank(group) == 1
+    margin_loss = theirs.CombinedMarginLoss(64, 1, 0.5, 0)
+    module = build(group, margin_loss, w)
+    told = {}
+
+    def step() -> str:
+        try:
+            module(x, y)
+        except (ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def changed(owner: Any, name: str, value: Any) -> str:
+        usual = getattr(owner, name)
+        if odd:
+            setattr(owner, name, value)
+        found = step()
+        setattr(owner, name, usual)
+        return found
+
+    told["scale"] = changed(margin_loss, "s", 0.0)
+    told["not theirs"] = changed(margin_loss, "m1", 1.5)
+    told["margin"] = changed(margin_loss, "m2", 0.4)
+    told["filter"] = changed(margin_loss, "interclass_filtering_threshold", 0.2)
+    told["fp16"] = changed(module, "fp16", True)
+    told["backend"] = changed(module, "backend", "triton")
+    told["after all"] = step()
+    module.backend, margin_loss.interclass_filtering_threshold = "triton", 0.2
+    told["a filter looks at no backend"] = step()
+    return told
+
+
+def test_what_one_rank_changes_between_steps_is_told_to_all() -> None:
+    for rank, told in enumerate(run_ranks(2, stepping)):
+        refused = "ValueError: " if rank == 1 else "ValueError: rank 1 of process_group refused this call: "
+        same = "expected the same on every rank of process_group, got"
+        assert told["scale"] == refused + "scale: expected a finite number above 0, got 0.0"
+        assert told["not theirs"].startswith(refused + "margin_loss: expected CombinedMarginLoss with m3 > 0")
+        assert f"margin: {same} ArcFace(m=0.5, boundary=none) on rank 0, ArcFace(m=0.4" in told["margin"]
+        assert f"interclass_filtering_threshold: {same} 0.0 on rank 0, 0.2 on rank 1" in told["filter"]
+        assert told["fp16"] == f"ValueError: fp16: {same} False on rank 0, True on rank 1"
+        assert 'backend "triton" cannot serve this call' in told["backend"]
+        assert told["after all"] == told["a filter looks at no backend"] == ""
+
+
 def write_files(group: dist.ProcessGroup, folder: Path) -> None:
     """Train a step and save, as their script does on every rank; then train on."""
     training = script(group)

@@ -151,10 +151,14 @@ STEPS: dict[str, tuple[dict[str, Any], Sent]] = {
         [rows_of(F32), LABELS, ("all_reduce", 2 * 8 * 8), gradient_of(F32)],
     ),
     "statistics": ({"stats": True}, [*STEP[:-1], STATISTICS, STEP[-1]]),
-    "margin by row": ({"by_row": True}, [*STEP[:-1], ("all_gather", 4 * 8), STEP[-1]]),
+    "margin by row": ({"by_row": True}, [*STEP[:-1], ("all_gather", (4 + 1) * 8), STEP[-1]]),
     "margin by row, exact": (
         {"by_row": True, "target_gradient": "exact"},
-        [*STEP[:-1], ("all_gather", 2 * 4 * 8), STEP[-1]],  # psi and its slope
+        [*STEP[:-1], ("all_gather", 2 * (4 + 1) * 8), STEP[-1]],  # psi and its slope
+    ),
+    "margin by row, equal rows": (
+        {"by_row": True, "equal_rows": True, "rows": (4, 4)},
+        [rows_of(F32), LABELS, ("all_reduce", 2 * 8 * 8), ("all_gather", 4 * 8), gradient_of(F32)],
     ),
     "none": ({"reduction": "none"}, [*STEP[:-1], ("all_gather", 4 * 8), STEP[-1]]),  # in the backward
     "frozen backbone": ({"frozen": True}, STEP[:-1]),

@@ -32,6 +32,33 @@ def some_margin(theta: Tensor) -> Tensor:
     return torch.cos(theta) - 0.1
 
 
+class Unshown:
+    """An attribute that cannot be put into words."""
+
+    def __str__(self) -> str:
+        raise KeyError("no words")
+
+
+class Unspeakable(ExpFace):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = Unshown()
+
+
+class Moody:
+    """A margin that knows its rows, and does not like those of one rank."""
+
+    per_row = True
+
+    def __init__(self, raises: bool) -> None:
+        self.raises = raises
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        if self.raises:
+            raise KeyError("not these rows")
+        return torch.cos(theta) - 0.1
+
+
 # name → (what the others build with, what rank 1 does, how the two are shown)
 BUILT_OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "num_classes": ({}, {"num_classes": 11}, "10", "11"),
@@ -79,6 +106,7 @@ def building(group: Any) -> dict[str, str]:
     several = {"num_classes": C + group.rank(), "scale": 32.0 if odd else 64.0}
     told["several"] = message(lambda: built(group, **several))
     told["refused"] = message(lambda: built(group, scale=-1.0 if odd else 64.0))
+    told["describing"] = message(lambda: built(group, margin=Unspeakable() if odd else ExpFace()))
     told["sparse"] = message(lambda: built(group, sparse_grad=True))
     told["no member"] = message(lambda: built(dist.GroupMember.NON_GROUP_MEMBER))
     told["right after all"] = message(lambda: built(group))
@@ -98,6 +126,11 @@ def test_ranks_that_build_another_head_are_named_with_what_they_said() -> None:
         own = "scale: expected a finite number above 0, got -1.0"
         others = f"rank 1 of process_group refused the head: {own}"
         assert told["refused"] == "ValueError: " + (own if rank == ODD_ONE else others)
+        assert told["describing"] == (
+            "KeyError: 'no words'"
+            if rank == ODD_ONE
+            else "ValueError: rank 1 of process_group refused the head: KeyError('no words')"
+        )
         assert told["sparse"].startswith("ValueError: sparse_grad: expected False with process_group")
         assert told["no member"].startswith("TypeError: process_group: expected")
         assert told["right after all"] == ""
@@ -144,6 +177,22 @@ def stepping(group: Any) -> dict[str, str]:
     told["label out of range"] = message(lambda: call(y=y + 1))
     told["labels missing"] = message(lambda: call(y=y[:2]))
     told["k"] = message(lambda: head.topk(x, 3 if odd else 2))
+    told["k too large"] = message(lambda: head.topk(x, C + 1 if odd else C))
+    told["k of no kind"] = message(lambda: head.topk(x, None if odd else C))
+    told["topk of wrong rows"] = message(lambda: head.topk(x[:, :-1] if odd else x, C))
+    told["topk"] = message(lambda: head.topk(x, 2) if odd else head(x, y))
+    told["other backend"] = with_attribute("backend", "reference")
+    told["no such backend here"] = with_attribute("backend", "triton")
+    few = built(group, num_classes=2, backend="triton")  # the last rank has no class
+    told["no such backend, empty shard"] = message(lambda: few(x, y.clamp_max(1)))
+    told["no such backend, topk"] = message(lambda: few.topk(x, 1))
+    usual, told_by_margin = head.margin, []
+    for gradient in ("detached", "exact"):
+        head.target_gradient, head.margin = gradient, Moody(odd)
+        told_by_margin.append(message(lambda: head(x, y)))
+    told["margin that raises"] = told_by_margin[0]
+    told["margin that raises, exact"] = told_by_margin[1]
+    head.target_gradient, head.margin = "detached", usual
     told["right after all"] = message(lambda: head(x, y).backward())
     told["sampling_step"] = str(head.sampling_step)
     return told
@@ -187,6 +236,24 @@ def test_ranks_that_step_another_way_are_told_and_may_go_on() -> None:
         )
         assert told["labels missing"] == refused("labels: expected shape (3,) or (3, 1), got (2,)")
         assert told["k"] == f"ValueError: k: {same} 2 on ranks 0, 2, 3 on rank 1"
+        assert told["k too large"] == refused("k: expected at most the 10 classes there are, got 11")
+        assert told["k of no kind"] == refused("k: expected an int, got NoneType None", "TypeError")
+        assert told["topk of wrong rows"] == told["shape"]
+        assert f"; call: {same} loss on ranks 0, 2, topk on rank 1" in told["topk"]
+        assert told["other backend"] == f"ValueError: backend: {same} auto on ranks 0, 2, reference on rank 1"
+        served = 'backend "triton" cannot serve this call: '
+        others = (
+            "RuntimeError: " if rank == ODD_ONE else "ValueError: rank 1 of process_group refused this call: "
+        )
+        assert told["no such backend here"].startswith(others + served)
+        for call in ("empty shard", "topk"):
+            assert told[f"no such backend, {call}"].startswith("RuntimeError: " + served)
+        for gradient in ("", ", exact"):
+            assert told["margin that raises" + gradient] == (
+                "KeyError: 'not these rows'"
+                if rank == ODD_ONE
+                else "ValueError: rank 1 of process_group refused this call: KeyError('not these rows')"
+            )
         assert told["right after all"] == ""
         assert told["sampling_step"] == "1"
 
