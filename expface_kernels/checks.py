@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expface_kernels.margins import TARGET_GRADIENTS, row_parameters
+from expface_kernels.margins import TARGET_GRADIENTS, is_per_row, row_parameters
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -84,6 +84,21 @@ def check_num_rows(margin: Any, rows: int) -> None:
                 f"margin: expected {name} of shape ({rows},), one value for each of this rank's rows, "
                 f"got {tuple(value.shape)}"
             )
+
+
+def check_trained_alike(margin: Any) -> None:
+    """Of a margin that each rank runs on rows of its own: no parameters that train, or each rank's would
+    follow its own rows."""
+    if not is_per_row(margin) or not isinstance(margin, torch.nn.Module):
+        return
+    trained = [name for name, parameter in margin.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise ValueError(
+            "margin: expected one without parameters that train, since it has a value a row and ranks would "
+            f"train them apart, got {type(margin).__name__} with {', '.join(trained)}; compute the values in "
+            "a module that DistributedDataParallel wraps, such as the backbone, and pass them as (B,) "
+            "tensors: CosFace(values)"
+        )
 
 
 def check_k(k: Any, classes: int) -> None:

@@ -52,7 +52,8 @@ class MarginSoftmaxHead(CentreModule):
     Args:
         embedding_size: D ≥ 1.
         num_classes: C ≥ 1, of all ranks together.
-        margin: `theta -> psi`; None is ExpFace(0.7). An nn.Module is registered, its parameters train.
+        margin: `theta -> psi`; None is ExpFace(0.7). An nn.Module is registered, its parameters train (over
+            ranks not those of a margin with a value a row, which is refused).
         scale: s > 0.
         reduction, ignore_index, workspace_bytes, backend: as in `margin_cross_entropy`; "none" is this
             rank's (B,).

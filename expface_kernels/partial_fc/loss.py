@@ -19,7 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from expface_kernels import backends, functional, ops
 from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET
-from expface_kernels.checks import check_k, check_labels, check_num_rows, check_rows_and_centres
+from expface_kernels.checks import (
+    check_k,
+    check_labels,
+    check_num_rows,
+    check_rows_and_centres,
+    check_trained_alike,
+)
 from expface_kernels.functional import Negatives
 from expface_kernels.margins import MarginFunction, describe, is_per_row, target_similarity
 from expface_kernels.partial_fc import comm
@@ -189,6 +195,8 @@ def _checked_labels(embeddings: Tensor, labels: Tensor, setting: Setting) -> Ten
     """(B,) as `Batch` has them, where they and the margin fit this rank's rows."""
     check_labels(labels, embeddings)
     check_num_rows(setting.margin, embeddings.shape[0])
+    if setting.ranks is not None and setting.ranks.size > 1:
+        check_trained_alike(setting.margin)
     return ops.local_labels(labels.reshape(-1).long(), None, setting.num_classes, setting.ignore_index)
 
 

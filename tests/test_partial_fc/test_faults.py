@@ -59,6 +59,17 @@ class Moody:
         return torch.cos(theta) - 0.1
 
 
+class TrainedByRow(nn.Module):
+    per_row = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steepness = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, theta: Tensor) -> Tensor:
+        return torch.cos(theta) - self.steepness
+
+
 # name → (what the others build with, what rank 1 does, how the two are shown)
 BUILT_OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "num_classes": ({}, {"num_classes": 11}, "10", "11"),
@@ -192,6 +203,10 @@ def stepping(group: Any) -> dict[str, str]:
         told_by_margin.append(message(lambda: head(x, y)))
     told["margin that raises"] = told_by_margin[0]
     told["margin that raises, exact"] = told_by_margin[1]
+    head.margin = TrainedByRow()
+    told["trained by row"] = message(lambda: head(x, y))
+    head.margin.requires_grad_(False)
+    told["by row, frozen"] = message(lambda: head(x, y).backward())
     head.target_gradient, head.margin = "detached", usual
     told["right after all"] = message(lambda: head(x, y).backward())
     told["sampling_step"] = str(head.sampling_step)
@@ -254,8 +269,13 @@ def test_ranks_that_step_another_way_are_told_and_may_go_on() -> None:
                 if rank == ODD_ONE
                 else "ValueError: rank 1 of process_group refused this call: KeyError('not these rows')"
             )
+        assert told["trained by row"].startswith(
+            "ValueError: margin: expected one without parameters that train, since it has a value a row"
+        )
+        assert "got TrainedByRow with steepness; compute the values in a module" in told["trained by row"]
+        assert told["by row, frozen"] == ""
         assert told["right after all"] == ""
-        assert told["sampling_step"] == "1"
+        assert told["sampling_step"] == "2"
 
 
 class WithBackbone(nn.Module):
