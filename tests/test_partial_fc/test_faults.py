@@ -6,6 +6,7 @@ B rows of a rank · C classes · D features
 from __future__ import annotations
 
 import pickle
+import re
 import time
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,8 @@ from tests.distributed import DEADLINE, bare_processes, run_ranks
 C, D = 10, 8
 ODD_ONE = 1  # the rank that does it another way, of 3
 TIMEOUT = 6.0  # seconds, of the group whose rank dies
+# What torch.distributed says of a rank that is gone or late; anything else is a mistake of ours.
+OF_THE_GROUP = re.compile(r"(RuntimeError|Dist\w*Error): .*(gloo|[Cc]onnection|imed out|timeout)", re.DOTALL)
 
 
 def no_margin(theta: Tensor) -> Tensor:
@@ -346,7 +349,6 @@ def test_a_rank_that_dies_or_hangs_leaves_the_others_with_an_error_in_time(how: 
             for _ in range(2):  # whoever catches the error and tries again is not caught by a hang
                 assert end.poll(TIMEOUT + DEADLINE)
                 told, seconds = pickle.loads(end.recv_bytes())
-                assert told
-                assert not told.startswith("ValueError"), "no argument was wrong"
+                assert OF_THE_GROUP.match(told), told
                 # Two collectives at most end by time: the step's own, and what a rank with an error sends.
                 assert seconds < 2 * TIMEOUT + 10
