@@ -10,6 +10,8 @@ import math
 import warnings
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from expface_kernels.margins import ArcFace, CosFace, ExpFace, Margin, SphereFace
 
 DEFAULT_SCALE = 64.0
@@ -34,8 +36,8 @@ def recognise(margin_loss: Any, scale: float | None = None) -> Recognised:
 
     scale: of a margin of ours, which has none; None is 64. Theirs bring `s`.
 
-    ValueError for another class, a subclass too (what it computes may differ), for a missing attribute or one
-    that is no number, and where theirs raises.
+    ValueError for another class, a subclass too (what it computes may differ), for one of that name that has
+    parameters (a head of its own), for a missing attribute or one that is no number, and where theirs raises.
     """
     if isinstance(margin_loss, Margin):
         return Recognised(margin_loss, DEFAULT_SCALE if scale is None else scale, 0.0)
@@ -52,12 +54,25 @@ def recognise(margin_loss: Any, scale: float | None = None) -> Recognised:
         raise ValueError(
             f"margin_loss: expected a margin that is known by its class, got {got}; {USE_INSTEAD}"
         )
+    _refuse_parameters(margin_loss, name)
     if scale is not None:
         raise ValueError(f"scale: expected None with a margin that brings its own s, got {scale} with {name}")
     threshold = 0.0
     if name == "CombinedMarginLoss":
         threshold = max(_number(margin_loss, "interclass_filtering_threshold"), 0.0)
     return Recognised(known[name](margin_loss), _number(margin_loss, "s"), threshold)
+
+
+def _refuse_parameters(margin_loss: Any, name: str) -> None:
+    """Theirs have none; heads of other libraries, which own their centres, go by the same names."""
+    if not isinstance(margin_loss, nn.Module):
+        return
+    found = [f"{parameter} {tuple(value.shape)}" for parameter, value in margin_loss.named_parameters()]
+    if found:
+        raise ValueError(
+            f"margin_loss: expected {name} without parameters, as InsightFace's are, got one with "
+            f"{', '.join(found)}: a head of its own, whose centres would not train; {USE_INSTEAD}"
+        )
 
 
 def check_margin_loss(margin_loss: Any) -> None:

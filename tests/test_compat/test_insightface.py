@@ -94,6 +94,18 @@ class OldArcFace(nn.Module):
 OldArcFace.__name__ = "ArcFace"
 
 
+class WholeHead(nn.Module):
+    """As face.evoLVe has it: a head with centres, under the name of a margin and with its numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(C, D))
+        self.s, self.m, self.easy_margin = 64.0, 0.5, True
+
+
+WholeHead.__name__ = "ArcFace"
+
+
 @pytest.mark.parametrize(
     ("margin_loss", "error"),
     [
@@ -102,6 +114,10 @@ OldArcFace.__name__ = "ArcFace"
         (None, "got NoneType; pass"),
         (theirs.CosFace, "got the class CosFace itself; pass"),
         (OldArcFace(), "expected ArcFace with the attribute 'margin', as it has had since 12/2022, got"),
+        (
+            WholeHead(),
+            r"expected ArcFace without parameters.* got one with weight \(23, 16\): a head of its.*; pass",
+        ),
         (theirs.CombinedMarginLoss(64, 1.1, 0.5, 0.0), r"m1=1.1.*pass expface_kernels.CombinedMargin\(1.1,"),
         (theirs.CombinedMarginLoss(64, 1, 0.5, -0.1), "m3 > 0, or m1 = 1 and m3 = 0"),
         (theirs.CosFace(64.0, True), "expected a finite number as CosFace.m, got True"),
