@@ -20,15 +20,15 @@ class GradScaler(torch.amp.GradScaler):
 
     Args:
         device: "cuda" or "cpu".
-        process_group: the head's; None is the default group.
+        process_group: the head's, `dist.group.WORLD` too; TypeError for None.
         others: of `torch.amp.GradScaler`.
 
     One all_reduce of one number in every `unscale_` (or `step`).
     """
 
-    def __init__(self, device: str = "cuda", *, process_group: Any = None, **others: Any) -> None:
+    def __init__(self, device: str = "cuda", *, process_group: Any, **others: Any) -> None:
         super().__init__(device, **others)
-        self.process_group = process_group
+        self.process_group = comm.Ranks(process_group).group
 
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool

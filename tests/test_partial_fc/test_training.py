@@ -264,6 +264,13 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
         assert moved == [False, True]
 
 
+def test_a_scaler_is_told_its_group() -> None:
+    with pytest.raises(TypeError, match=r"process_group: expected a torch.distributed.Proc.* NoneType"):
+        GradScaler("cpu", process_group=None)
+    with pytest.raises(TypeError, match="process_group"):
+        GradScaler("cpu")  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize("norm_type", NORMS)
 def test_one_process_clips_as_torch_does(norm_type: float) -> None:
     for limit in LIMITS:
