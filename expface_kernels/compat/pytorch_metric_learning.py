@@ -66,7 +66,7 @@ def to_loss(head: MarginSoftmaxHead, into: nn.Module | None = None) -> nn.Module
 
     Args:
         head: with ArcFace (boundary "monotonic"), CosFace or NormFace, a float margin, the exact gradient, a
-            mean or a sum, and all classes in this process.
+            mean or a sum, and all classes in this process (a group of one rank has them).
         into: a loss to write centres, margin and scale into, of the same kind and shape; None makes one of
             the installed version.
 
@@ -94,7 +94,7 @@ def to_loss(head: MarginSoftmaxHead, into: nn.Module | None = None) -> nn.Module
     for attribute in numbers:
         _number(loss, attribute)  # or it would become an attribute that nobody reads
     with torch.no_grad():
-        centres.copy_(head.weight)
+        centres.copy_(head.local_weight)
     for attribute, value in numbers.items():
         setattr(loss, attribute, value)
     return loss

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from expface_kernels import ArcFace, CosFace, ExpFace, MarginSoftmaxHead, NormFace
 from expface_kernels.compat.pytorch_metric_learning import from_loss, to_loss
+from tests.distributed import run_ranks
 from tests.tolerances import ROUND_TRIP, assert_close
 
 pml = pytest.importorskip("pytorch_metric_learning", exc_type=ModuleNotFoundError)
@@ -128,6 +129,16 @@ def test_writing_into_a_loss_changes_that_loss() -> None:
     assert theirs.W is parameter
     assert (theirs.scale, theirs.margin) == (32.0, 0.3)
     assert_close(theirs(*batch()), head(*batch()), dtype=torch.float64)
+
+
+def a_group_of_one(group: Any) -> tuple[Any, Tensor]:
+    head = from_loss(make("CosFaceLoss"), process_group=group)
+    return to_loss(head).W.detach(), head.local_weight.detach()
+
+
+def test_a_head_of_a_group_of_one_rank_has_all_classes() -> None:
+    centres, right = run_ranks(1, a_group_of_one)[0]
+    assert torch.equal(centres.T, right)
 
 
 class CosineSimilarity:
