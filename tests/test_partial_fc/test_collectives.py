@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expface_kernels import CosFace, ExpFace, GradScaler, MarginSoftmaxHead, clip_grad_norm_
@@ -30,7 +31,7 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 Sent = list[tuple[str, int]]
 
 
-# As torch's dispatcher has them; whatever else is sent appears by its own name.
+# As torch's dispatcher has them; whatever else is sent appears by its own name, as what DTensor sends does.
 NAMES = {
     "_allgather_base_": "all_gather",
     "allreduce_": "all_reduce",
@@ -47,15 +48,21 @@ class Collectives(TorchDispatchMode):
         self.sent: Sent = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it goes first, and what it makes of this comes here
+        name = func._schema.name.split("::")[1]
         if func.namespace == "c10d":
-            name = func._schema.name.split("::")[1]
             boxed = next(a for a in args if isinstance(a, torch.ScriptObject))
-            group = dist.ProcessGroup.unbox(boxed)
-            assert group.group_name == self.group.group_name, f"{name} over group {group.group_name}"
             # A gather and a scatter take (output, input), a reduction a list of what it works on in place.
             given = [args[1]] if isinstance(args[0], Tensor) else args[0]
-            self.sent.append((NAMES.get(name, name), sum(t.nbytes for t in given)))
+            self._count(name, given, dist.ProcessGroup.unbox(boxed).group_name)
+        elif func.namespace == "_c10d_functional" and isinstance(args[-1], str):  # else it only waits
+            self._count(name, [args[0]] if isinstance(args[0], Tensor) else args[0], args[-1])
         return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, given: list[Tensor], group: str) -> None:
+        assert group == self.group.group_name, f"{name} over group {group}"
+        self.sent.append((NAMES.get(name, name), sum(t.nbytes for t in given)))
 
 
 def step(
@@ -107,6 +114,11 @@ def others(group: Any) -> dict[str, Sent]:
         scaler.unscale_(optimizer)
     with Collectives(group) as clipped:
         clip_grad_norm_([*backbone.parameters(), *head.parameters()], 1.0)
+    weight: Any = head.weight
+    with Collectives(group) as asked_for, torch.no_grad():
+        weight.full_tensor()
+    with Collectives(group) as by_the_way, torch.no_grad():
+        weight.softmax(0)
     return {
         **seen,
         "evaluated": evaluated.sent,
@@ -114,6 +126,8 @@ def others(group: Any) -> dict[str, Sent]:
         "drawn": drawn.sent,
         "scaled": scaled.sent,
         "clipped": clipped.sent,
+        "asked of DTensor": asked_for.sent,
+        "by DTensor on its own": by_the_way.sent,
     }
 
 
@@ -199,6 +213,14 @@ def test_what_is_sent_beside_steps(sent: list[dict[str, Sent]]) -> None:
         assert seen["drawn"] == []
         assert seen["scaled"] == [("all_reduce", 4)]
         assert seen["clipped"] == [("all_reduce", 8)]
+
+
+def test_what_a_dtensor_sends_by_itself_is_seen(sent: list[dict[str, Sent]]) -> None:
+    """Or a head that gathers its centres would pass for one that does not."""
+    largest = 502 * D * 4  # of 1003 classes
+    for rank in range(2):
+        assert sent[rank]["asked of DTensor"] == [("all_gather_into_tensor", largest)]
+        assert sum(count for _, count in sent[rank]["by DTensor on its own"]) >= largest // 2
 
 
 def in_a_strange_world(rank: int, folder: str, end: Any, absent: bool) -> None:
