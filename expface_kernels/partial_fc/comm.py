@@ -220,7 +220,7 @@ class _GatherEmbeddings(torch.autograd.Function):
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None, None]:
         rows, ranks = ctx.rows, ctx.ranks
         largest = max(rows)
-        # Ranks' shares add up in float32 at least, and are rounded to 16 bit once.
+        # Each rank's share is of the rows' dtype already; the sum is taken in float32 at least.
         sent = dx.to(torch.promote_types(dx.dtype, torch.float32))
         if min(rows) < largest:
             sent = torch.cat([_padded(part, largest) for part in sent.split(rows)])
