@@ -95,6 +95,20 @@ def test_a_class_subset_equals_the_gathered_centres(kind: str, backend: str, sma
     assert _is_zero(dw[torch.ones(61, dtype=torch.bool).index_fill(0, subset, False)])
 
 
+@pytest.mark.parametrize("workspace_bytes", [0, 2**20])
+def test_a_strided_class_subset_gives_the_same_bits(
+    workspace_bytes: int, backend: str, small_tiles: int
+) -> None:
+    x, w, y = batch("mixed", 9, 61, 16)
+    subset = torch.unique(torch.cat([y, torch.tensor([0, 2, 17, 33, 58, 60])]))
+    strided = torch.stack([subset, 60 - subset], 1)[:, 0]
+    assert not strided.is_contiguous()
+    options = {"workspace_bytes": workspace_bytes}
+    right = _run(x, w, y, backend, class_subset=subset, **options)
+    for got, expected in zip(_run(x, w, y, backend, class_subset=strided, **options), right, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_a_subset_of_all_classes_changes_nothing(backend: str) -> None:
     x, w, y = batch("mixed", 9, 61, 16)
     for got, right in zip(

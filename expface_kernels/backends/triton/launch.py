@@ -42,6 +42,8 @@ class Call:
         request: Request,
         arch: str | None = None,
     ) -> None:
+        # Kernels read labels and listed classes one after the other.
+        y, subset = y.contiguous(), None if subset is None else subset.contiguous()
         self.x, self.w, self.y, self.subset, self.request = x, w, y, subset, request
         self.classes = w.shape[0] if subset is None else subset.shape[0]
         self.features = w.shape[1]
