@@ -276,6 +276,18 @@ def test_offsets_pass_2_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(dw[subset], right[2], dtype=BF16)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has to hold all of w: below")
+@pytest.mark.parametrize("workspace_bytes", [0, KEEP])
+def test_offsets_of_features_pass_2_to_the_31(workspace_bytes: int) -> None:
+    # As in a transposed w of many classes: of the 4.5 GB only the touched pages exist.
+    stride = 320_000_000
+    w = torch.empty(7 * stride + 3, dtype=BF16).as_strided((3, 8), (1, stride))
+    x, few, y = batch("learnt", 4, 3, 8)
+    few = few.to(BF16)
+    w.copy_(few)
+    _check(x.to(BF16), w, y, workspace_bytes=workspace_bytes)
+
+
 def _true_gradients(
     x: Tensor, w: Tensor, y: Tensor, g: Tensor, h: Tensor, scale: float, some: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,9 +48,15 @@ def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _columns(o_d, stride_d):
+    """Offsets of features o_d, 64 bit: D strides of 4.2 million elements, as in a transposed w, pass 2^31."""
+    return o_d.to(tl.int64) * stride_d
+
+
+@triton.jit
 def _load_centres(p_rows, o_d, stride_d, D: tl.constexpr, BK: tl.constexpr):
     """(N, BK) columns o_d of the centres that p_rows (N,) points to; 0 past D."""
-    p_tile = p_rows[:, None] + (o_d * stride_d)[None, :]
+    p_tile = p_rows[:, None] + _columns(o_d, stride_d)[None, :]
     # A mask along the contiguous dimension costs vector loads: only where D needs it.
     if D % BK == 0:
         return tl.load(p_tile)
@@ -320,7 +326,8 @@ def weight_gradient_tile(
     b_signed = tl.load(p_inv + i_safe)
     b_inv = tl.abs(b_signed)
     m_tile = m_class[:, None] & (o_d < D)[None, :]
-    p_tile = _centre_rows(p_w, p_index, i_safe, stride_w, INDEXED)[:, None] + (o_d * stride_wd)[None, :]
+    p_rows = _centre_rows(p_w, p_index, i_safe, stride_w, INDEXED)
+    p_tile = p_rows[:, None] + _columns(o_d, stride_wd)[None, :]
     b_shift = tl.load(p_shift + i_safe) if SHIFTED else 1.0
     b_w = _operand(tl.load(p_tile, mask=m_tile, other=0.0), b_shift, p_op.dtype.element_ty, SHIFTED)
     b_dw = b_acc - b_w.to(tl.float32) * (b_inv * b_col)[:, None]
