@@ -74,7 +74,8 @@ def margin_cross_entropy(
         target_gradient: "exact" differentiates psi; "detached" takes the slope of cos θ, as published
             code does.
         gradient_tolerance: 0, exact; other values are not offered yet.
-        class_subset: (S,) int64, sorted: the classes that take part; must hold every counted label.
+        class_subset: (S,) int64, sorted, none twice: the classes that take part, all counted labels in it.
+            On a GPU, unless EXPFACE_CHECK_LABELS=1, one that is not so makes every counted loss NaN.
         workspace_bytes: how much of the exponentials the forward may keep for the backward, bytes.
         backend: "auto", or a name of `expface_kernels.backends.available()`.
         return_stats: also return BatchStats; a little extra work in the forward.
@@ -130,10 +131,14 @@ def negatives(
     check_labels(labels, embeddings)
     check_class_subset(class_subset, weight)
     labels = labels.reshape(-1).long()  # wide before it meets ignore_index: 156 as uint8 is not −100
+    y = ops.local_labels(labels, class_subset, weight.shape[0], ignore_index)
+    if class_subset is not None:
+        # A bad one that could not be refused has made the loss NaN: it need only stay within memory.
+        class_subset = class_subset.clamp(0, weight.shape[0] - 1)
     return negatives_of(
         embeddings,
         weight,
-        ops.local_labels(labels, class_subset, weight.shape[0], ignore_index),
+        y,
         counted=labels != ignore_index,
         scale=scale,
         class_subset=class_subset,

@@ -24,12 +24,13 @@ def local_labels(labels: Tensor, class_subset: Tensor | None, num_classes: int, 
     """Labels (B,) int64 as the op wants them: positions in the subset (or classes), −1 where ignored.
 
     ValueError for a label or a subset class out of range, and for a label that the subset lacks. On a GPU,
-    unless EXPFACE_CHECK_LABELS=1, such a label becomes −2 instead, and its row's loss NaN.
+    unless EXPFACE_CHECK_LABELS=1, such a label becomes −2 instead, and its row's loss NaN; where the subset
+    itself is wrong (out of range, not sorted, repeated), every label that is not ignored does.
     """
     labels = labels.long()
     ignored = labels == ignore_index
     wrong = ~ignored & ((labels < 0) | (labels >= num_classes))
-    raises = labels.device.type == "cpu" or os.environ.get("EXPFACE_CHECK_LABELS") == "1"
+    raises = _raises_at_once(labels)
     if raises and bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
@@ -38,8 +39,9 @@ def local_labels(labels: Tensor, class_subset: Tensor | None, num_classes: int, 
         )
     positions = labels
     if class_subset is not None:
-        if raises:
-            _check_subset(class_subset, num_classes)
+        bad_subset = _wrong_subset(class_subset, num_classes)
+        if raises and bool(bad_subset):
+            raise ValueError(_about_subset(class_subset, num_classes))
         positions = torch.searchsorted(class_subset.contiguous(), labels.clamp(0, num_classes - 1))
         positions = positions.clamp_max(class_subset.shape[0] - 1)
         missing = ~ignored & ~wrong & (class_subset[positions] != labels)
@@ -49,22 +51,33 @@ def local_labels(labels: Tensor, class_subset: Tensor | None, num_classes: int, 
                 f"labels: every counted label must be in class_subset, got {int(labels[row])} in row {row}, "
                 "which is not"
             )
-        wrong = wrong | missing
+        wrong = wrong | missing | bad_subset
     positions = torch.where(wrong, INVALID_TARGET, positions)
     return torch.where(ignored, NO_TARGET, positions)
 
 
-def _check_subset(class_subset: Tensor, num_classes: int) -> None:
-    if (
-        int(class_subset[0]) < 0
-        or int(class_subset[-1]) >= num_classes
-        or bool((class_subset.diff() <= 0).any())
-    ):
-        raise ValueError(
-            f"class_subset: expected sorted classes without repeats in [0, {num_classes}), "
-            f"got {class_subset.shape[0]} from {int(class_subset.min())} to {int(class_subset.max())}"
-            + (", not sorted or repeated" if bool((class_subset.diff() <= 0).any()) else "")
-        )
+def _raises_at_once(labels: Tensor) -> bool:
+    """Whether values may be looked at, which on a GPU means waiting for it."""
+    return labels.device.type == "cpu" or os.environ.get("EXPFACE_CHECK_LABELS") == "1"
+
+
+def _wrong_subset(class_subset: Tensor, num_classes: int) -> Tensor:
+    """() bool: a class is out of [0, num_classes), or they are not sorted, or one is there twice."""
+    outside = (class_subset[0] < 0) | (class_subset[-1] >= num_classes)
+    return outside | _out_of_order(class_subset)
+
+
+def _out_of_order(class_subset: Tensor) -> Tensor:
+    """() bool. By comparing: a difference of int64 may wrap."""
+    return (class_subset[1:] <= class_subset[:-1]).any()
+
+
+def _about_subset(class_subset: Tensor, num_classes: int) -> str:
+    return (
+        f"class_subset: expected sorted classes without repeats in [0, {num_classes}), "
+        f"got {class_subset.shape[0]} from {int(class_subset.min())} to {int(class_subset.max())}"
+        + (", not sorted or repeated" if bool(_out_of_order(class_subset)) else "")
+    )
 
 
 @local_labels.register_fake

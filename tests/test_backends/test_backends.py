@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expface_kernels import ArcFace, ExpFace, backends, functional, margin_cross_entropy
+from expface_kernels import ArcFace, ExpFace, backends, functional, margin_cross_entropy, ops
 from expface_kernels.backends import native
 from tests.cases import SCALES, TARGET_GRADIENTS, batch, device_of, leaves, loss_on, truth
 from tests.tolerances import assert_close, assert_rows_close
@@ -107,6 +107,23 @@ def test_a_strided_class_subset_gives_the_same_bits(
     right = _run(x, w, y, backend, class_subset=subset, **options)
     for got, expected in zip(_run(x, w, y, backend, class_subset=strided, **options), right, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "subset",
+    [[0, 3, 2**40], [-(2**40), 0, 3], [0, 3, 3], [3, 0, 5], [2**62, -(2**63), 5], [0, 3, 21]],
+    ids=str,
+)
+def test_a_bad_class_subset_on_a_gpu_gives_nan_and_stays_within_memory(
+    subset: list[int], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_raises_at_once", lambda labels: False)  # as there, where nobody may wait
+    x, w, y = batch("random", 4, 21, 16)
+    y = torch.tensor([0, 3, -100, 0])
+    loss, _, dw = _run(x, w, y, backend, class_subset=torch.tensor(subset), reduction="none")
+    assert loss.isnan().tolist() == [True, True, False, True]
+    assert float(loss[2]) == 0
+    assert dw.shape == w.shape
 
 
 def test_a_subset_of_all_classes_changes_nothing(backend: str) -> None:
