@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expface_kernels import backends, functional, margin_cross_entropy, ops
 from expface_kernels.backends.base import Request
-from expface_kernels.backends.triton import TritonBackend, calls
+from expface_kernels.backends.triton import TritonBackend, calls, tuning
 from expface_kernels.backends.triton.backward import BackwardCall
 from expface_kernels.backends.triton.forward import ForwardCall
 from expface_kernels.backends.triton.plan import PAD, Plan
@@ -138,6 +139,47 @@ def test_neither_forward_nor_backward_waits(dtype: torch.dtype, scale: float, su
             out = TritonBackend().forward(x, w, y, classes, request)
             g = torch.ones_like(out.log_l)
             TritonBackend().backward(x, w, y, classes, out.log_l, out.workspace, g, g, request, True, True)
+
+
+SWITCHES = """
+import torch
+from expface_kernels.backends.base import Request
+from expface_kernels.backends.triton.launch import Call
+
+def precision(dtype):
+    x = torch.empty(4, 40, dtype=dtype, device="meta")
+    return Call(x, x, x[:, 0].long(), None, Request(64.0, True, 0, False, None), "sm_90").blocks.precision
+
+matmul, found = torch.backends.cuda.matmul, [precision(torch.float32)]
+for statement in {statements}:
+    exec(statement)
+    found.append(precision(torch.float32))
+    assert precision(torch.bfloat16) == "ieee"
+print(found)
+"""
+OLD_SWITCH = ["matmul.allow_tf32 = True", "matmul.allow_tf32 = False"]
+OLDEST_SWITCH = [f"torch.set_float32_matmul_precision('{value}')" for value in ("high", "highest")]
+NEW_SWITCH = ["matmul.fp32_precision = 'tf32'", "matmul.fp32_precision = 'ieee'"]
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [OLD_SWITCH, OLDEST_SWITCH, NEW_SWITCH, [*OLD_SWITCH, *NEW_SWITCH], [*NEW_SWITCH, *OLD_SWITCH]],
+    ids=["old", "oldest", "new", "old, then new", "new, then old"],
+)
+def test_plain_tf32_is_allowed_by_any_of_torchs_switches(statements: list[str]) -> None:
+    # In a process of its own: torch does not let everything be put back.
+    code = SWITCHES.replace("{statements}", repr(statements))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(["tf32x3", *["tf32", "tf32x3"] * (len(statements) // 2)])
+
+
+def test_the_switch_of_older_torch_is_read_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for allowed in (True, False):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
+        assert tuning.tf32_allowed() is allowed
+        assert tuning.float32_precision("gfx942") == "ieee"
 
 
 def test_importing_the_package_imports_no_triton() -> None:

@@ -237,7 +237,7 @@ def measure(options: argparse.Namespace, machine: Machine, tell: Callable[[str],
 
 def settings(arch: str, options: argparse.Namespace) -> list[tuple[str, Setting]]:
     """What the options ask for, by the dtypes' name, D by D."""
-    precision = tuning.float32_precision(arch, torch.backends.cuda.matmul.allow_tf32)
+    precision = tuning.float32_precision(arch)
     return [
         (name, Setting(arch, d, *PRODUCTS[name], precision if name == "float32" else "ieee"))
         for d in options.features

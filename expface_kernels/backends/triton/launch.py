@@ -49,7 +49,8 @@ class Call:
         self.features = w.shape[1]
         self.plan = Plan.of(x, w, self.classes, request)
         self.arch = arch = arch or tuning.architecture(x.device)
-        precision = tuning.float32_precision(arch, torch.backends.cuda.matmul.allow_tf32)
+        float32 = self.plan.product == torch.float32
+        precision = tuning.float32_precision(arch) if float32 else "ieee"
         self.blocks = tuning.blocks(arch, self.features, self.plan.product, w.dtype, precision)
         b = self.blocks
         widest = max(b.forward.bk, b.forward_more.bk, b.probability.bk, b.weight.bn)

@@ -86,11 +86,22 @@ def row_elements(arch: str) -> int:
     return 2**16 if arch == "interpreter" else 2048
 
 
-def float32_precision(arch: str, allow_tf32: bool) -> str:
+def float32_precision(arch: str) -> str:
     """Plain tf32 only where the user has allowed it to torch; AMD has no tf32x3."""
     if arch.startswith("gfx"):
         return "ieee"
-    return "tf32" if allow_tf32 else "tf32x3"
+    return "tf32" if tf32_allowed() else "tf32x3"
+
+
+def tf32_allowed() -> bool:
+    """What torch was told of float32 products, by whichever of its switches.
+
+    `fp32_precision` follows them all; `allow_tf32` raises once somebody has written to the other.
+    """
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision is None:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    return bool(precision == "tf32")
 
 
 def blocks(arch: str, features: int, product: torch.dtype, stored: torch.dtype, precision: str) -> Blocks:
