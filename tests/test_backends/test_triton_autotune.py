@@ -20,7 +20,13 @@ import torch
 from expface_kernels.backends.base import Request
 from expface_kernels.backends.triton import audit, autotune, tuning
 from expface_kernels.backends.triton.autotune import PRODUCTS, Machine, Step, fastest, record
-from expface_kernels.backends.triton.candidates import Setting, candidates, shared_bytes, why_not
+from expface_kernels.backends.triton.candidates import (
+    UNKNOWN_SHARED,
+    Setting,
+    candidates,
+    shared_bytes,
+    why_not,
+)
 from expface_kernels.backends.triton.launch import Call
 from expface_kernels.backends.triton.plan import PAD
 from expface_kernels.backends.triton.tuning import ROLES, Tile
@@ -51,6 +57,17 @@ def test_candidates_fit_shared_memory_and_the_padding(role: str, features: int, 
 
 def test_less_shared_memory_leaves_fewer_candidates() -> None:
     counts = [len(list(candidates("forward", HOPPER, limit))) for limit in (50_000, 100_000, 232_448)]
+@pytest.mark.parametrize("arch", ["sm_120", "sm_121"])
+@pytest.mark.parametrize("dtypes", PRODUCTS.values(), ids=str)
+def test_consumer_cards_get_amperes_tiles_which_fit_their_shared_memory(
+    dtypes: tuple[torch.dtype, torch.dtype], arch: str
+) -> None:
+    setting = Setting(arch, 512, *dtypes, "tf32x3")
+    assert setting.ruled() == dataclasses.replace(setting, arch="sm_80").ruled()
+    for role in ROLES:
+        assert shared_bytes(role, getattr(setting.ruled(), role), setting) <= UNKNOWN_SHARED
+
+
     assert counts[0] < counts[1] < counts[2]
 
 

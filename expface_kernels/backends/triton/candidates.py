@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from expface_kernels.backends.triton.plan import PAD
-from expface_kernels.backends.triton.tuning import Blocks, Tile, ruled_blocks
+from expface_kernels.backends.triton.tuning import MMA_OF_AMPERE, Blocks, Tile, ruled_blocks
 
 BLOCKS = (64, 128, 256)
 DEPTHS = (32, 64)
@@ -21,7 +21,7 @@ WARPS = (4, 8)
 STAGES = (2, 3, 4)
 # Accumulators a thread: fewer leave the tensor cores idle, more leave no registers for anything else.
 LEAST_ACCUMULATORS, MOST_ACCUMULATORS = 32, 128
-REGISTER_OPERANDS = ("sm_80", "sm_86", "sm_87", "sm_89", "gfx942")
+REGISTER_OPERANDS = (*MMA_OF_AMPERE, "gfx942")
 UNKNOWN_SHARED = 101_376
 """Bytes a block that every architecture with the kernels' instructions has (sm_86, sm_89, sm_120)."""
 
@@ -51,7 +51,7 @@ def shared_bytes(role: str, tile: Tile, setting: Setting) -> int:
     if role in ("forward", "forward_more", "probability"):
         second = setting.stored.itemsize
         cast = tile.bn * tile.bk * setting.product.itemsize
-    # Matrix instructions that read registers, as before sm_90 and on AMD, leave the last stage's copy there.
+    # Matrix instructions that read registers leave the last stage's copy there.
     copies = tile.stages - 1 if setting.arch in REGISTER_OPERANDS else tile.stages
     staged = copies * tile.bk * (tile.bm * first + tile.bn * second)
     staged += cast if setting.stored != setting.product else 0

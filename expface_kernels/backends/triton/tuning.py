@@ -34,6 +34,8 @@ class Tile:
 
 ROWS = Tile(0, 0, 0, 4, 1)
 """Kernels over rows: their blocks follow from D."""
+MMA_OF_AMPERE = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
+"""Their matrix instructions read registers; those for consumers have 99 KB of shared memory a block."""
 KEPT_COLUMNS = Tile(16, 256, 0, 4, 2)
 """(classes, rows) of the pass over kept exponentials."""
 
@@ -135,7 +137,7 @@ def ruled_blocks(
     arch: str, features: int, product: torch.dtype, stored: torch.dtype, precision: str
 ) -> Blocks:
     """The tiles of the rules below, where nothing has been measured."""
-    amd, ampere = arch.startswith("gfx"), arch in ("sm_80", "sm_86", "sm_87", "sm_89")
+    amd, ampere = arch.startswith("gfx"), arch in MMA_OF_AMPERE
     stages = 2 if amd else 3
     if product == torch.float32:
         return _float32_blocks(arch, precision)
@@ -154,7 +156,7 @@ def _float32_blocks(arch: str, precision: str) -> Blocks:
     if precision == "ieee":  # no tensor core: registers bound it
         tile = Tile(64, 64, 32, 4, 2)
         return Blocks(tile, tile, tile, tile, precision)
-    if arch in ("sm_80", "sm_86", "sm_87", "sm_89"):  # 128×128 spills inside the loop there
+    if arch in MMA_OF_AMPERE:  # 128×128 spills inside the loop there
         tile = Tile(64, 128, 32, 8, 2)
         return Blocks(tile, tile, tile, tile, precision)
     tile = Tile(128, 128, 32, 8, 3)
