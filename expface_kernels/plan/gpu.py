@@ -27,7 +27,8 @@ def gpu_of(device: str) -> Gpu:
 
 
 # From here on each further chunk of classes costs what the one before did: counts of the classes whose
-# exponentials are kept and half and all of so many chunks more say what any number costs.
+# exponentials are kept, and half and all of so many chunks more, say what any number costs. The last chunk,
+# which need not be full, is part of each.
 COUNTED_CHUNKS = 32
 
 
@@ -37,7 +38,8 @@ def gpu_costs(job: Job) -> Costs:
     gpu_of(job.device)
     classes, plan = job.active_classes, backend_plan(job)
     start = 0 if plan.kept == classes else plan.kept
-    fewer, more = (start + chunks * plan.chunk for chunks in (COUNTED_CHUNKS // 2, COUNTED_CHUNKS))
+    rest = (classes - start) % plan.chunk
+    fewer, more = (start + chunks * plan.chunk + rest for chunks in (COUNTED_CHUNKS // 2, COUNTED_CHUNKS))
     if more >= classes:
         return _counted(job, classes)
     return _extrapolated(_counted(job, fewer), _counted(job, more), (classes - more) / (more - fewer))
@@ -49,7 +51,7 @@ def backend_plan(job: Job) -> SizePlan:
 
     x = torch.empty(job.rows, job.features, dtype=job.row_dtype, device="meta")
     w = torch.empty(job.active_classes, job.features, dtype=job.centre_dtype, device="meta")
-    return Plan.of(x, w, job.active_classes, request_of(job))
+    return Plan.of(x, w, job.active_classes, request_of(job), indexed=job.subset)
 
 
 def _counted(job: Job, classes: int) -> Costs:

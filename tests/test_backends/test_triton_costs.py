@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from expface_kernels.backends.base import Request
-from expface_kernels.backends.triton import TritonBackend, calls, costs
+from expface_kernels.backends.triton import TritonBackend, calls, costs, plan
 from expface_kernels.backends.triton.recording import Case
 from tests.cases import INTERPRETED, batch
 
@@ -155,6 +155,17 @@ def test_a_step_at_a_million_classes_keeps_to_its_budget(kept: bool) -> None:
     assert result.moved <= gigabytes * 1e9
     if not kept:
         assert result.extra <= 400e6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"w_dtype": F32, "product_dtype": BF16}, {"x_dtype": F16, "w_dtype": F16}, {"subset": True}],
+    ids=["float32 master", "float16", "class list"],
+)
+def test_a_small_batch_copies_no_more_centres_than_a_chunk_of_p_has_room_for(options: dict[str, Any]) -> None:
+    case = Case(128, 1_000_000, 512, **options)
+    # P' and the copy, 12 bytes a class (norms, shifts, segments), sums and rows.
+    assert costs.costs(case, "sm_90").extra <= 2 * plan.CHUNK_BYTES + 12 * case.classes + 10e6
 
 
 def test_the_roofline_of_a_large_step() -> None:

@@ -241,7 +241,7 @@ class BackwardCall(Call):
     def _chunk_of_w(self, start: int, stop: int, inv: Tensor, shift: Tensor) -> Tensor:
         """Centres start..stop (n, D) for the library's product: w itself, or a chunk's copy."""
         plan = self.plan
-        if self.subset is None and plan.over_norm and self.w.dtype == plan.product:
+        if not plan.copied:
             return self.w[start:stop]
         copy = self.empty((stop - start, self.features), plan.product)
         blocks = self.row_blocks()

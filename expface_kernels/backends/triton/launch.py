@@ -47,7 +47,7 @@ class Call:
         self.x, self.w, self.y, self.subset, self.request = x, w, y, subset, request
         self.classes = w.shape[0] if subset is None else subset.shape[0]
         self.features = w.shape[1]
-        self.plan = Plan.of(x, w, self.classes, request)
+        self.plan = Plan.of(x, w, self.classes, request, indexed=subset is not None)
         self.arch = arch = arch or tuning.architecture(x.device)
         float32 = self.plan.product == torch.float32
         precision = tuning.float32_precision(arch) if float32 else "ieee"

@@ -15,7 +15,8 @@ from expface_kernels.backends.base import Request
 PAD = 128
 """Rows and chunks of classes are padded to a multiple of this: no kernel masks its inner loop for them."""
 CHUNK_BYTES = 128 * 2**20
-"""P' of a chunk of classes, in memory between the kernel that writes it and the two that read it."""
+"""P' of a chunk of classes, in memory between the kernel that writes it and the two that read it; as much
+again, at most, for the chunk's centres where dX multiplies a copy of them."""
 LARGEST_PLAIN_SCALE = 70.0
 """Up to here exp(s·cos) of all classes adds up in float32 without a running maximum."""
 
@@ -32,10 +33,15 @@ class Plan:
     """Centres wider than float16 enter float16 products times a power of two, lest they leave its range."""
     kept_pad: int
     """Classes whose exponentials the workspace holds, padded."""
+    copied: int
+    """D where dX multiplies a copy of a chunk's centres (listed, cast, or over their norm), else 0."""
 
     @classmethod
-    def of(cls, x: Tensor, w: Tensor, classes: int, request: Request) -> Plan:
-        """Depends on no value and not on the scale, so that it is known under torch.compile."""
+    def of(cls, x: Tensor, w: Tensor, classes: int, request: Request, indexed: bool = False) -> Plan:
+        """Depends on no value and not on the scale, so that it is known under torch.compile.
+
+        indexed: classes are listed, which makes no difference to the workspace.
+        """
         product = request.product_dtype
         if product not in (torch.bfloat16, torch.float16):
             product = torch.promote_types(x.dtype, w.dtype)
@@ -46,7 +52,8 @@ class Plan:
             affordable = request.workspace_bytes // (max(_padded(rows), PAD) * product.itemsize)
             kept_pad = min(affordable // PAD * PAD, _padded(classes))
         shifted = product == torch.float16 and w.dtype != torch.float16
-        return cls(rows, classes, product, shifted, kept_pad)
+        copies = indexed or w.dtype != product or product == torch.float16
+        return cls(rows, classes, product, shifted, kept_pad, w.shape[1] if copies else 0)
 
     @property
     def rows_pad(self) -> int:
@@ -62,8 +69,9 @@ class Plan:
 
     @property
     def chunk(self) -> int:
-        """Classes of a chunk of P', a multiple of PAD."""
-        affordable = CHUNK_BYTES // (max(self.rows_pad, PAD) * self.product.itemsize)
+        """Classes of a chunk of P' and, beside it, of copied centres; a multiple of PAD."""
+        widest = max(self.rows_pad, self.copied, PAD)
+        affordable = CHUNK_BYTES // (widest * self.product.itemsize)
         return min(max(affordable // PAD, 1) * PAD, self.classes_pad)
 
     @property
