@@ -76,7 +76,8 @@ def margin_cross_entropy(
         gradient_tolerance: 0, exact; other values are not offered yet.
         class_subset: (S,) int64, sorted, none twice: the classes that take part, all counted labels in it.
             On a GPU, unless EXPFACE_CHECK_LABELS=1, one that is not so makes every counted loss NaN.
-        workspace_bytes: how much of the exponentials the forward may keep for the backward, bytes.
+        workspace_bytes: how much of the exponentials the forward may keep for the backward, bytes. The triton
+            backend keeps none for s > 70.
         backend: "auto", or a name of `expface_kernels.backends.available()`.
         return_stats: also return BatchStats; a little extra work in the forward.
 
@@ -176,6 +177,8 @@ def negatives_of(
         request = Request(scale, keep, workspace_bytes, find_hardest, product_dtype, sparse_grad)
         out = backends.REFERENCE.forward(rows, weight, y, class_subset, request)
     else:
+        # Here, where the scale is a number: inside the op no size may depend on it.
+        workspace_bytes = backends.op_backend(name).usable_workspace(workspace_bytes, scale)
         scale_tensor = as_tensor(scale, torch.ones((), dtype=torch.float64, device="cpu"))
         out = Forward(
             *ops.cosine_lse(

@@ -79,6 +79,9 @@ class OpBackend(Backend, Protocol):
         x and w may be without data, and `request.scale` is not the real one.
         """
 
+    def usable_workspace(self, workspace_bytes: int, scale: float) -> int:
+        """How many of the bytes the forward has a use for at this scale: the op is told these."""
+
     def backward(
         self,
         x: Tensor,

@@ -105,6 +105,9 @@ class CpuBackend:
     def workspace_numel(self, x: Tensor, w: Tensor, classes: int, request: Request) -> int:
         return TilePlan.of(x.shape[0], x.shape[1], classes, compute_dtype(x, w), request).numel
 
+    def usable_workspace(self, workspace_bytes: int, scale: float) -> int:
+        return workspace_bytes
+
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
     ) -> Forward:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from expface_kernels.backends.base import Request
 from expface_kernels.backends.triton import TritonBackend, calls, costs, plan
 from expface_kernels.backends.triton.recording import Case
 from tests.cases import INTERPRETED, batch
@@ -82,7 +81,7 @@ def test_bytes_of_a_step_are_those_that_its_kernels_touch(
     expected = {step.name: step for step in costs.costs(case, "interpreter").steps}
     x, w, y = batch("random", 20, 130, 24)
     x, w, y = x.to(dtype), w.to(dtype), torch.arange(20)  # no label twice: as many tangents as rows
-    request = Request(64.0, True, workspace_bytes, False, None)
+    request = case.request
     out = TritonBackend().forward(x, w, y, None, request)
     g = torch.ones(20, dtype=torch.float64)
     TritonBackend().backward(x, w, y, None, out.log_l, out.workspace, g, g, request, True, True)
@@ -134,7 +133,7 @@ def test_peak_of_a_step_is_that_of_the_allocations_really_made(
     monkeypatch.setattr("expface_kernels.backends.triton.backward.mm_f32", _product)
     x, w, y = batch("random", 40, 300, 24)
     x, w, y = x.to(dtype), w.to(dtype), torch.arange(40)
-    request = Request(scale, True, workspace_bytes, False, None)
+    request = case.request
     with costs.PeakMemory() as memory:
         out = TritonBackend().forward(x, w, y, None, request)
         g, h = torch.ones_like(out.log_l), torch.ones_like(out.theta)
@@ -166,6 +165,13 @@ def test_a_small_batch_copies_no_more_centres_than_a_chunk_of_p_has_room_for(opt
     case = Case(128, 1_000_000, 512, **options)
     # P' and the copy, 12 bytes a class (norms, shifts, segments), sums and rows.
     assert costs.costs(case, "sm_90").extra <= 2 * plan.CHUNK_BYTES + 12 * case.classes + 10e6
+
+
+@pytest.mark.parametrize("scale", [64.0, 128.0])
+def test_a_scale_that_keeps_nothing_holds_no_room_for_it(scale: float) -> None:
+    case = Case(1024, 200_000, 512, scale=scale, workspace_bytes=2**28)
+    held = costs.costs(case, "sm_90").forward_peak
+    assert (held > 2**28 - 2**20) == (scale <= plan.LARGEST_PLAIN_SCALE)
 
 
 def test_the_roofline_of_a_large_step() -> None:

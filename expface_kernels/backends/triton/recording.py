@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from expface_kernels.backends.base import Request
-from expface_kernels.backends.triton import calls
+from expface_kernels.backends.triton import TritonBackend, calls
 from expface_kernels.backends.triton.backward import BackwardCall
 from expface_kernels.backends.triton.forward import ForwardCall
 
@@ -33,20 +33,23 @@ class Case:
     product_dtype: torch.dtype | None = None
     sparse_grad: bool = False
 
+    @property
+    def request(self) -> Request:
+        """What the op is told."""
+        usable = TritonBackend().usable_workspace(self.workspace_bytes, self.scale)
+        return Request(self.scale, True, usable, self.find_hardest, self.product_dtype, self.sparse_grad)
+
     def run(self, arch: str, between: Callable[[], None] | None = None) -> None:
         """Forward and backward on meta tensors; watch `calls` to see what they do."""
         x = torch.empty(self.rows, self.features, dtype=self.x_dtype, device="meta")
         w = torch.empty(self.classes, self.features, dtype=self.w_dtype, device="meta")
         y = torch.empty(self.rows, dtype=torch.int64, device="meta")
         subset = torch.empty(self.classes, dtype=torch.int64, device="meta") if self.subset else None
-        request = Request(
-            self.scale, True, self.workspace_bytes, self.find_hardest, self.product_dtype, self.sparse_grad
-        )
-        out = ForwardCall(x, w, y, subset, request, arch).forward()
+        out = ForwardCall(x, w, y, subset, self.request, arch).forward()
         if between is not None:
             between()
         g, h = torch.empty_like(out.log_l), torch.empty_like(out.theta)
-        BackwardCall(x, w, y, subset, request, arch).backward(out.log_l, out.workspace, g, h, True, True)
+        BackwardCall(x, w, y, subset, self.request, arch).backward(out.log_l, out.workspace, g, h, True, True)
 
 
 def launches(case: Case, arch: str) -> list[tuple[Any, int, dict[str, Any]]]:
