@@ -18,13 +18,32 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 @pytest.mark.parametrize("arch", audit.ARCHITECTURES)
 def test_16_bit_kernels_are_clean_on_every_architecture(arch: str) -> None:
     findings = audit.audit_case(arch, 512, "bf16")
-    assert {f.kernel for f in findings} >= set(audit.MATRIX_KERNELS)
+    assert {f.kernel for f in findings} >= set(audit.STEP_KERNELS)
     assert [text for f in findings for text in f.complaints()] == []
     # What the tuning tool leaves out for want of shared memory really has too little; sm_100 adds barriers.
     setting = Setting(arch, 512, torch.bfloat16, torch.bfloat16, "ieee")
     for role, kernel in autotune.KERNELS.items():
         estimate = shared_bytes(role, getattr(setting.ruled(), role), setting)
         assert all(0.8 * estimate <= f.shared <= estimate + 64 for f in findings if f.kernel == kernel)
+
+
+# What differs from the plain case: another operand, lists, an epilogue that stores E, maxima and the hardest
+# negative, the cast in the tile with features that no block divides, the search for the nearest centres.
+@pytest.mark.parametrize(
+    ("features", "case", "kernels"),
+    [
+        (512, "fp16", audit.STEP_KERNELS),
+        (512, "bf16, class list", audit.STEP_KERNELS),
+        (512, "bf16, E kept", ("forward_tile", "weight_gradient_tile")),
+        (512, "bf16, s=128, hardest", audit.STEP_KERNELS),
+        (500, "float32 master as bf16", audit.STEP_KERNELS),
+        (512, "bf16, topk", ("cosine_tile",)),
+    ],
+)
+def test_other_16_bit_kernels_are_clean_on_hopper(features: int, case: str, kernels: tuple[str, ...]) -> None:
+    findings = audit.audit_case("sm_90", features, case)
+    assert {f.kernel for f in findings} >= set(kernels)
+    assert [text for f in findings for text in f.complaints()] == []
 
 
 def test_measured_features_are_audited_in_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,4 +104,4 @@ def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) 
     assert audit.main(sizes) == 0
     assert "HGMMA" in capsys.readouterr().out
     assert audit.main([*sizes, "--json"]) == 0
-    assert {entry["kernel"] for entry in json.loads(capsys.readouterr().out)} >= set(audit.MATRIX_KERNELS)
+    assert {entry["kernel"] for entry in json.loads(capsys.readouterr().out)} >= set(audit.STEP_KERNELS)

@@ -23,6 +23,7 @@ from expface_kernels.backends.triton.plan import LARGEST_PLAIN_SCALE, Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
+TOPK_REQUEST = Request(scale=1.0, keep=False, workspace_bytes=0, find_hardest=False, product_dtype=None)
 
 
 class TritonBackend:
@@ -95,8 +96,7 @@ class TritonBackend:
         from expface_kernels.backends.triton.forward import ForwardCall
 
         y = torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)
-        request = Request(scale=1.0, keep=False, workspace_bytes=0, find_hardest=False, product_dtype=None)
-        return ForwardCall(x, w, y, None, request).topk(k)
+        return ForwardCall(x, w, y, None, TOPK_REQUEST).topk(k)
 
 
 def interpreted() -> bool:

@@ -44,8 +44,12 @@ CASES: dict[str, dict[str, Any]] = {
     "fp16": {"x_dtype": F16, "w_dtype": F16},
     "float32 master as fp16": {"x_dtype": F16, "w_dtype": F32, "product_dtype": F16},
     "float32": {"x_dtype": F32, "w_dtype": F32},
+    "bf16, topk": {"topk": 5},
+    "fp16, topk": {"x_dtype": F16, "w_dtype": F16, "topk": 5},
+    "float32, topk": {"x_dtype": F32, "w_dtype": F32, "topk": 5},
 }
-MATRIX_KERNELS = ("forward_tile", "probability_tile", "weight_gradient_tile")
+STEP_KERNELS = ("forward_tile", "probability_tile", "weight_gradient_tile")
+MATRIX_KERNELS = (*STEP_KERNELS, "cosine_tile")
 THOROUGH_FEATURES = 512
 """For this D every case is looked at, and the kernels over rows, which have no entry in the tuning table."""
 _TYPES = {
@@ -86,10 +90,15 @@ class Finding:
             found.append(f"{where}: {self.spills_inside} spills among its matrix instructions")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{where}: {self.shared} bytes of shared memory, at most {SHARED_LIMIT[self.arch]}")
-        product = self.kernel in MATRIX_KERNELS and self.case != "float32"
+        product = self.kernel in MATRIX_KERNELS and not _in_float32(self.case)
         if product and not self.matrix.startswith(TENSOR_CORE[self.arch]):
             found.append(f"{where}: {self.matrix or 'no matrix instruction'}, not {TENSOR_CORE[self.arch]}")
         return found
+
+
+def _in_float32(case: str) -> bool:
+    """Whether the case multiplies float32, for which some architectures have no matrix instruction."""
+    return CASES[case].get("w_dtype") == F32 and "product_dtype" not in CASES[case]
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], arch: str) -> Any:

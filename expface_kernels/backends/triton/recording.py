@@ -12,14 +12,17 @@ from typing import Any
 import torch
 
 from expface_kernels.backends.base import Request
-from expface_kernels.backends.triton import TritonBackend, calls
+from expface_kernels.backends.triton import TOPK_REQUEST, TritonBackend, calls
 from expface_kernels.backends.triton.backward import BackwardCall
 from expface_kernels.backends.triton.forward import ForwardCall
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training step: B rows and C centres of D features as stored, and what the op is asked for."""
+    """A training step: B rows and C centres of D features as stored, and what the op is asked for.
+
+    With `topk`, the search for so many nearest centres instead.
+    """
 
     rows: int
     classes: int
@@ -32,6 +35,7 @@ class Case:
     subset: bool = False
     product_dtype: torch.dtype | None = None
     sparse_grad: bool = False
+    topk: int = 0
 
     @property
     def request(self) -> Request:
@@ -40,10 +44,13 @@ class Case:
         return Request(self.scale, True, usable, self.find_hardest, self.product_dtype, self.sparse_grad)
 
     def run(self, arch: str, between: Callable[[], None] | None = None) -> None:
-        """Forward and backward on meta tensors; watch `calls` to see what they do."""
+        """On meta tensors, `between` after the forward; watch `calls` to see what it does."""
         x = torch.empty(self.rows, self.features, dtype=self.x_dtype, device="meta")
         w = torch.empty(self.classes, self.features, dtype=self.w_dtype, device="meta")
         y = torch.empty(self.rows, dtype=torch.int64, device="meta")
+        if self.topk:
+            ForwardCall(x, w, y, None, TOPK_REQUEST, arch).topk(self.topk)
+            return
         subset = torch.empty(self.classes, dtype=torch.int64, device="meta") if self.subset else None
         out = ForwardCall(x, w, y, subset, self.request, arch).forward()
         if between is not None:
@@ -53,7 +60,7 @@ class Case:
 
 
 def launches(case: Case, arch: str) -> list[tuple[Any, int, dict[str, Any]]]:
-    """(kernel, programs, arguments) of every launch of a step, in order."""
+    """(kernel, programs, arguments) of every launch, in order."""
     seen: list[tuple[Any, int, dict[str, Any]]] = []
     with calls.watched(lambda kernel, programs, arguments: seen.append((kernel, programs, arguments))):
         case.run(arch)
