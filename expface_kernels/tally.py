@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.new_empty_strided}
+_FILLED = {
+    _aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.new_zeros, _aten.new_ones, _aten.new_full,
+}  # fmt: skip
 _GATHERS = {_aten.index}
 _SCATTERS = {_aten.index_put_, _aten._index_put_impl_}
 
@@ -74,6 +77,10 @@ def traffic(func: Any, args: Any, out: Any) -> int:
         return 2 * _bytes(out) + _bytes(args[1])
     if packet in _SCATTERS:
         return 2 * _bytes(args[2]) + _bytes(args[1])
+    if packet in _FILLED:
+        return _bytes(out)
+    if packet is _aten.scatter_:
+        return _bytes(args[2]) + args[2].numel() * (args[0].element_size() + _element_size(args[3]))
     written = _bytes(out)
     if not returns:  # in place over lists of tensors: what is written shows in the arguments alone
         written = sum(
@@ -82,6 +89,10 @@ def traffic(func: Any, args: Any, out: Any) -> int:
             if argument.is_write and argument.name not in _UNWRITTEN
         )
     return _bytes(args) + written
+
+
+def _element_size(value: Any) -> int:
+    return value.element_size() if isinstance(value, Tensor) else 0
 
 
 def _bytes(tensors: Any) -> int:

@@ -46,3 +46,21 @@ def test_indexing_moves_the_chosen_rows_alone() -> None:
     with Moved() as moved:
         a[index]
     assert moved.bytes == 2 * 5 * 8 * 4 + 5 * 8
+
+
+def test_scattering_moves_what_is_scattered_alone() -> None:
+    a, index = torch.ones(N), torch.arange(5)
+    with Moved() as moved:
+        a.scatter_(0, index, torch.ones(N)[:5])
+    assert moved.bytes == BYTES + 5 * 8 + 2 * 5 * 4  # BYTES: ones writes
+    with Moved() as moved:
+        a.scatter_(0, index, 2.0)
+    assert moved.bytes == 5 * 8 + 5 * 4
+
+
+def test_filling_reads_nothing() -> None:
+    a = torch.ones(N)
+    for fill in (torch.zeros_like, lambda t: t.new_zeros(N), lambda t: t.new_full((N,), 2.0)):
+        with Moved() as moved:
+            fill(a)
+        assert moved.bytes == BYTES

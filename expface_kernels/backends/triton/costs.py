@@ -2,9 +2,9 @@
 
     python -m expface_kernels.backends.triton.costs --gpu h100 --rows 1024 --classes 1000000 --features 512
 
-FLOPs and bytes follow from each launch's arguments, as if every tensor went through memory once a launch;
-milliseconds are the larger of FLOPs over a reachable rate and bytes over a reachable bandwidth: a roofline,
-no measurement. Peak bytes are those of the tensors alive at once, inputs left out.
+FLOPs and bytes follow from the arguments of each launch and operator, as if every tensor went through memory
+once in each; milliseconds are the larger of FLOPs over a reachable rate and bytes over a reachable bandwidth:
+a roofline, no measurement. Peak bytes are those of the tensors alive at once, inputs left out.
 n classes of a launch · B_pad padded rows · D features
 """
 
@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expface_kernels.backends.triton import calls
 from expface_kernels.backends.triton.recording import Case
-from expface_kernels.tally import PeakMemory
+from expface_kernels.tally import PeakMemory, traffic
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,10 @@ def library_product(a: Tensor, b: Tensor) -> Traffic:
     return flops, a.numel() * a.element_size() + b.numel() * b.element_size(), 4 * a.shape[0] * b.shape[1]
 
 
+OPERATORS = "torch's operators"
+"""The step that holds everything but kernels of ours and library products: sums over tiles, rows, labels."""
+
+
 @dataclass
 class Recorder:
     """Adds up launches and library products as they are made."""
@@ -195,12 +200,30 @@ class Recorder:
     def product(self, a: Tensor, b: Tensor) -> None:
         self._add("library product, dX", a.dtype, library_product(a, b), 1)
 
+    def operator(self, func: Any, args: Any, out: Any) -> None:
+        """One of torch's; all of its bytes stand as read. A product is one that `product` has been shown."""
+        if func.overloadpacket is not torch.ops.aten.mm and (moved := traffic(func, args, out)):
+            self._add(OPERATORS, torch.float32, (0, moved, 0), 1)
+
     def _add(self, name: str, dtype: torch.dtype, traffic: Traffic, multiplications: int) -> None:
         step = self.steps.setdefault(name, Step(name, dtype, multiplications=multiplications))
         step.calls += 1
         step.flops += traffic[0]
         step.read += traffic[1]
         step.written += traffic[2]
+
+
+class _Operators(TorchDispatchMode):
+    """Shows the recorder every operator of torch's."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.recorder.operator(func, args, out)
+        return out
 
 
 @dataclass(frozen=True)
@@ -235,7 +258,7 @@ def costs(case: Case, arch: str) -> Costs:
     """Costs of one forward and backward of the op."""
     recorder, memory = Recorder(), PeakMemory()
     forward: list[int] = []
-    with calls.watched(recorder.launch, recorder.product), memory:
+    with calls.watched(recorder.launch, recorder.product), memory, _Operators(recorder):
         case.run(arch, between=lambda: forward.append(memory.peak))
     gradient = case.classes * case.features * case.w_dtype.itemsize
     inputs = gradient + case.rows * (case.features * case.x_dtype.itemsize + 8)
