@@ -77,8 +77,10 @@ def test_near_rows_hold_row_by_row(kind: str, workspace_bytes: int) -> None:
     assert_close(got[2], right[2], dtype=F32, what="dw")
 
 
-# One of each, past one block of rows, past two blocks of classes, D not a multiple of a block.
-@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 2, 8), (3, 5, 8), (129, 257, 24), (2, 30, 500)], ids=str)
+# One of each, past one block of rows, past two blocks of classes, D not a multiple of a block, many features.
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 8), (1, 2, 8), (3, 5, 8), (129, 257, 24), (2, 30, 500), (2, 30, 1000)], ids=str
+)
 @pytest.mark.parametrize("kind", ["random", "learnt"])
 def test_ragged_shapes(shape: tuple[int, int, int], kind: str) -> None:
     x, w, y = batch(kind, *shape)
@@ -89,7 +91,7 @@ def test_ragged_shapes(shape: tuple[int, int, int], kind: str) -> None:
 
 @pytest.mark.parametrize("scale", [128.0, 256.0])
 @pytest.mark.parametrize("kind", ["random", "learnt", "flat"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scales_at_random_init_and_opposite_to_everything(
     dtype: torch.dtype, kind: str, scale: float
 ) -> None:
@@ -236,10 +238,14 @@ def test_a_shard_of_targets_only_and_rows_without_a_target(scale: float) -> None
     assert not dx[[0, 2, 3]].any()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_the_hardest_negative_and_topk_are_those_of_the_cosines(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16)], ids=str
+)
+def test_the_hardest_negative_and_topk_are_those_of_the_cosines(
+    dtypes: tuple[torch.dtype, torch.dtype], small_tiles: int
+) -> None:
     x, w, y = batch("mixed", 20, 300, 24)
-    x, w = x.to(dtype), w.to(dtype)
+    x, w = x.to(dtypes[0]), w.to(dtypes[1])
     xn, wn = (t.double() / t.double().norm(dim=1, keepdim=True) for t in (x, w))
     cos = xn @ wn.T
     for scale in (64.0, 128.0):

@@ -205,6 +205,22 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed" in str(backend.unavailable())
 
 
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "it needs compute capability 8.0"), ((8, 0), None)]
+)
+def test_a_gpu_that_is_too_old_is_named(
+    capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere:
+        device, dtype, shape = torch.device("cuda"), BF16, (4, 8)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = TritonBackend().why_not(Elsewhere(), Elsewhere())
+    assert found == (reason and f"{reason}, this GPU has {capability[0]}.{capability[1]}")
+
+
 def _plan(rows: int, classes: int, x: torch.dtype, w: torch.dtype, budget: int, cast: Any = None) -> Plan:
     a, b = torch.empty(rows, 8, dtype=x, device="meta"), torch.empty(classes, 8, dtype=w, device="meta")
     return Plan.of(a, b, classes, Request(64.0, True, budget, False, cast))
