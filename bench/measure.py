@@ -91,10 +91,12 @@ def time_run(
     *,
     go_on: Callable[[], bool] = lambda: True,
     clock: Clock = CLOCK,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each peer in each round: one, and up to `rounds` as long as `go_on` says so.
 
-    `advance` is called after each step, off the clock.
+    `advance` is called after each step, off the clock. A peer that raises is handed to `failed` and is in no
+    further round, nor in what is returned; without `failed` it ends the run.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     with no_garbage_collection():
@@ -102,6 +104,14 @@ def time_run(
             if round_ and not go_on():
                 break
             for name in turn(list(steps), round_):
-                seconds[name].append(timed_step(steps[name], inputs, clock))
+                if name not in seconds:
+                    continue
+                try:
+                    seconds[name].append(timed_step(steps[name], inputs, clock))
+                except Exception as error:  # whatever a peer may raise
+                    if failed is None:
+                        raise
+                    del seconds[name]
+                    failed(name, error)
                 advance()
     return seconds

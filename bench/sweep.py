@@ -177,8 +177,17 @@ class Run:
                 found[name] = dataclasses.replace(found[name], reason=NO_TIME)
         if steps:
             inputs = inputs.of(next(found[name].case for name in steps))
+
+            def failed(name: str, error: Exception) -> None:
+                found[name] = _failed(found[name], error)
+
             seconds = time_run(
-                steps, inputs, self.plan.rounds, go_on=lambda: budget.left > a_round, clock=self.clock
+                steps,
+                inputs,
+                self.plan.rounds,
+                go_on=lambda: budget.left > a_round,
+                clock=self.clock,
+                failed=failed,
             )
             for name, values in seconds.items():
                 found[name] = dataclasses.replace(found[name], seconds=tuple(values))

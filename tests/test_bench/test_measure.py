@@ -71,6 +71,26 @@ def test_a_run_interleaves_drops_gradients_and_has_no_garbage_collection() -> No
     assert gc.isenabled()
 
 
+def test_a_peer_that_raises_ends_the_run_unless_somebody_takes_its_error() -> None:
+    def broken() -> Tensor:
+        raise RuntimeError("out of order")
+
+    def step() -> Tensor:
+        loss = INPUTS.x.sum() + INPUTS.w.sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="out of order"):
+        time_run({"a": step, "broken": broken}, INPUTS, 2)
+    assert gc.isenabled()
+    failed: list[str] = []
+    steps = {"broken": broken, "a": step}
+    seconds = time_run(steps, INPUTS, 3, failed=lambda name, error: failed.append(f"{name}: {error}"))
+    assert failed == ["broken: out of order"]
+    assert seconds.keys() == {"a"}
+    assert len(seconds["a"]) == 3
+
+
 def test_a_step_without_a_gradient_is_noticed() -> None:
     with pytest.raises(AssertionError, match="no gradient"):
         measure.run_step(lambda: torch.zeros(()), INPUTS)

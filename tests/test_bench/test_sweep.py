@@ -214,6 +214,36 @@ def test_running_out_of_memory_is_a_reason_and_no_error(sweeper: Sweeper) -> Non
     assert found.ok
 
 
+@pytest.mark.parametrize(
+    ("error", "reason", "text"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "it ran out of memory", None),
+        (RuntimeError("out of order"), None, "RuntimeError: out of order"),
+    ],
+    ids=["memory", "anything"],
+)
+@pytest.mark.parametrize("fails_at", [2, 4])
+def test_a_peer_that_fails_among_the_rounds_is_marked_and_the_others_go_on(
+    fails_at: int, error: Exception, reason: str | None, text: str | None, sweeper: Sweeper
+) -> None:
+    sweeper.add("a")
+    broken = sweeper.add("broken")
+    sweeper.add("b")
+
+    def fail(case: Case) -> None:
+        if len(broken.steps) > fails_at:  # two to warm up, and it fits while it is alone
+            raise error
+
+    broken.act = fail
+    found = sweeper.run([10, 20], 1e6, rounds=5)
+    assert found.complete
+    small, large = (found.at(dataclasses.replace(BASE, classes=c)) for c in (10, 20))
+    assert small["broken"].seconds == ()
+    assert (small["broken"].reason, small["broken"].error) == (reason, text)
+    assert all(len(points[name].seconds) == 5 for points in (small, large) for name in ("a", "b"))
+    assert len(broken.steps) == fails_at + 2  # not in another round; at the next shape it is tried again
+
+
 def test_a_peer_that_is_wrong_is_not_timed(sweeper: Sweeper) -> None:
     sweeper.add("a")
     wrong = sweeper.add("wrong")
