@@ -9,9 +9,11 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,8 +57,6 @@ def test_candidates_fit_shared_memory_and_the_padding(role: str, features: int, 
             assert role.startswith("forward") or PAD % tile.bm == 0
 
 
-def test_less_shared_memory_leaves_fewer_candidates() -> None:
-    counts = [len(list(candidates("forward", HOPPER, limit))) for limit in (50_000, 100_000, 232_448)]
 @pytest.mark.parametrize("arch", ["sm_120", "sm_121"])
 @pytest.mark.parametrize("dtypes", PRODUCTS.values(), ids=str)
 def test_consumer_cards_get_amperes_tiles_which_fit_their_shared_memory(
@@ -68,6 +68,8 @@ def test_consumer_cards_get_amperes_tiles_which_fit_their_shared_memory(
         assert shared_bytes(role, getattr(setting.ruled(), role), setting) <= UNKNOWN_SHARED
 
 
+def test_less_shared_memory_leaves_fewer_candidates() -> None:
+    counts = [len(list(candidates("forward", HOPPER, limit))) for limit in (50_000, 100_000, 232_448)]
     assert counts[0] < counts[1] < counts[2]
 
 
@@ -220,6 +222,47 @@ def test_nothing_is_measured_past_the_time_that_was_given(tmp_path: Path) -> Non
     autotune.measure(_toy(path, "--seconds", "-1"), _machine(clock), lines.append)
     assert lines == ["over -1 seconds: the rest is not measured"]
     assert not path.exists()
+
+
+@interpreted
+@pytest.mark.usefixtures("_one_round")
+def test_without_time_the_tile_in_use_stays() -> None:
+    step = Step.of(Setting("interpreter", 24, F32, F32, "ieee"), 5, 40, "cpu")
+    base = step.setting.ruled()
+    lines: list[str] = []
+    clock = Counted(lambda a: float(a["BM"]))
+    other = Tile(128, 64, 64, 4, 2)
+    assert fastest(step, "weight", [other], base, clock, lines.append, until=-math.inf) == base.weight
+    assert lines[1:] == ["  no time is left for the others"]
+
+
+def test_the_time_that_was_given_is_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, shares = [100.0], []
+
+    def measured(
+        step: Step, role: str, tiles: object, base: tuning.Blocks, clock: object, tell: object, until: float
+    ) -> Tile:
+        shares.append(until - now[0])
+        now[0] += shares[-1] / 2 if role == "forward" else shares[-1]
+        tile: Tile = getattr(base, role)
+        return tile
+
+    monkeypatch.setattr(autotune, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(autotune, "fastest", measured)
+    path = tmp_path / "tuned.json"
+    options = _toy(
+        path, "--dtype", "float32", "--role", "forward", "probability", "weight", "--seconds", "12"
+    )
+    autotune.measure(options, _machine(Counted(lambda a: 1.0)), print)
+    assert shares == [4.0, 5.0, 5.0]  # what the first has left over is the others'
+
+
+def test_the_nearest_candidates_come_first() -> None:
+    ruled = HOPPER.ruled().forward
+    found = [dataclasses.astuple(tile) for tile in candidates("forward", HOPPER, 232_448)]
+    distances = [sum(a != b for a, b in zip(t, dataclasses.astuple(ruled), strict=True)) for t in found]
+    assert distances == sorted(distances)
+    assert distances[:2] == [0, 1]
 
 
 def test_recording_keeps_the_rest_of_the_table(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
 
 For each D and dtype, role by role: every candidate's log l, θ, dx and dw are held against those of the tiles
 in use, then its kernel is timed inside a real forward and backward; the fastest right one goes into the
-table. It is rewritten after every role, so what is stopped loses nothing. `--list` shows the candidates and
+table. It is rewritten after every role, so what is stopped loses nothing. With `--seconds` a role looks at as
+many candidates as its share allows, those most like the rules' own first. `--list` shows the candidates and
 needs no GPU. A new table wants `audit` and the GPU tests again. Exit status 2 for bad input or no GPU.
 """
 
@@ -175,13 +176,25 @@ def disagreement(got: Sequence[Tensor], wanted: Sequence[Tensor], limit: float) 
 
 
 def fastest(
-    step: Step, role: str, tiles: Iterable[Tile], base: Blocks, clock: Clock, tell: Callable[[str], None]
+    step: Step,
+    role: str,
+    tiles: Iterable[Tile],
+    base: Blocks,
+    clock: Clock,
+    tell: Callable[[str], None],
+    until: float = math.inf,
 ) -> Tile:
-    """The fastest right tile of `tiles` and the one that `base` has, whose results all are held against."""
+    """The fastest right tile of `tiles` and the one that `base` has, whose results all are held against.
+
+    until: a time of time.monotonic(), after which those that are left are not looked at.
+    """
     in_use: Tile = getattr(base, role)
     wanted = step.run(role, base)
     times: dict[Tile, float] = {}
     for tile in dict.fromkeys([in_use, *tiles]):
+        if times and time.monotonic() > until:
+            tell("  no time is left for the others")
+            break
         chain = tuning.with_tiles(base, {role: tile})
         try:
             got = wanted if tile == in_use else step.run(role, chain)
@@ -217,20 +230,27 @@ def record(path: Path, setting: Setting, role: str, tile: Tile, measured_on: str
 
 
 def measure(options: argparse.Namespace, machine: Machine, tell: Callable[[str], None]) -> None:
-    """Every role of every setting that the options ask for, each with the best tiles found before it."""
-    start = time.monotonic()
+    """Every role of every setting that the options ask for, each with the best tiles found before it.
+
+    Each has an even share of the seconds that are left.
+    """
+    end = time.monotonic() + options.seconds
+    to_do = len(options.features) * len(options.dtype) * len(options.role)
     for name, setting in settings(machine.arch, options):
         step = Step.of(setting, options.rows, options.classes, machine.device)
         base = tuning.blocks(
             setting.arch, setting.features, setting.product, setting.stored, setting.precision
         )
         for role in options.role:
-            if time.monotonic() - start > options.seconds:
+            left = end - time.monotonic()
+            if left < 0:
                 tell(f"over {options.seconds:g} seconds: the rest is not measured")
                 return
+            until = time.monotonic() + left / to_do
+            to_do -= 1
             tell(f"{machine.arch}, D={setting.features}, {name}, {role}:")
             tiles = candidates(role, setting, machine.shared)
-            tile = fastest(step, role, tiles, base, machine.clock, tell)
+            tile = fastest(step, role, tiles, base, machine.clock, tell, until)
             base = tuning.with_tiles(base, {role: tile})
             record(options.output, setting, role, tile, f"{machine.name}, {versions()}")
 
@@ -268,7 +288,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--role", nargs="+", default=list(tuning.ROLES), choices=tuning.ROLES)
     p.add_argument("--rows", type=_positive, default=1024, metavar="B")
     p.add_argument("--classes", type=_positive, default=100_000, metavar="C")
-    p.add_argument("--seconds", type=float, default=math.inf, help="begin no further role after so many")
+    p.add_argument(
+        "--seconds", type=float, default=math.inf, help="what all may take; each role has its share"
+    )
     p.add_argument("--output", type=Path, default=tuning.TUNED, help="the table that is rewritten")
     p.add_argument("--list", "--dry-run", action="store_true", help="print the candidates, measure nothing")
     p.add_argument("--arch", default="sm_90", help="of --list")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -88,11 +88,20 @@ def why_not(role: str, tile: Tile, setting: Setting, shared_limit: int) -> str |
     return None
 
 
+def _all_tiles() -> Iterator[Tile]:
+    for bm, bn, bk, warps, stages in itertools.product(BLOCKS, BLOCKS, DEPTHS, WARPS, STAGES):
+        yield Tile(bm, bn, bk, warps, stages)
+
+
+def _differences(a: Tile, b: Tile) -> int:
+    """In how many sizes they differ."""
+    return sum(x != y for x, y in zip(astuple(a), astuple(b), strict=True))
+
+
 def candidates(role: str, setting: Setting, shared_limit: int) -> Iterator[Tile]:
-    """The tiles of a role that fit, the one of the rules first."""
+    """The tiles of a role that fit, the one of the rules first, then those that differ from it the least."""
     ruled: Tile = getattr(setting.ruled(), role)
     yield ruled
-    for bm, bn, bk, warps, stages in itertools.product(BLOCKS, BLOCKS, DEPTHS, WARPS, STAGES):
-        tile = Tile(bm, bn, bk, warps, stages)
+    for tile in sorted(_all_tiles(), key=lambda tile: _differences(tile, ruled)):
         if tile != ruled and why_not(role, tile, setting, shared_limit) is None:
             yield tile
