@@ -41,14 +41,14 @@ TRITON_TESTS := -k triton $(EVERY_BACKEND) $(wildcard tests/test_backends/test_t
 test-triton: $(VENV)/.installed  ## the triton backend in its interpreter, on the CPU (under 150 s on 2 cores)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --disable-warnings $(TRITON_TESTS)
 
-# With PY=python3 it needs torch, triton and pytest alone. Compiling kernels is most of the time, so each file is
-# a process of its own; 5 is pytest's status where nothing is left of a file, as without a GPU.
+# With PY=python3 it needs torch, triton, numpy and pytest alone. Compiling kernels is most of the time, so each
+# file is a process of its own.
 GPU_FILES := test_backends test_accuracy test_triton test_triton_host test_triton_gpu
 test-gpu: $(READY)  ## the triton backend on this machine's GPU
 	@$(MAKE) --no-print-directory --keep-going --jobs=5 --output-sync=target $(GPU_FILES:%=gpu-%)
 
 gpu-%:
-	$(PY) -m pytest -rs -k triton tests/test_backends/$*.py || test $$? = 5
+	$(PY) -m pytest --need-gpu -rs -k triton tests/test_backends/$*.py
 
 # numpy 2.4 takes no one-element array for an int, which 3.6's interpreter hands to range().
 VENV36 := .venv-triton36

@@ -18,6 +18,17 @@ if INTERPRETED:
     patch_once_a_launch()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--need-gpu", action="store_true", help="fail where there is no GPU, in place of skipping"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--need-gpu") and not GPU:
+        raise pytest.UsageError("--need-gpu: torch sees no GPU, or TRITON_INTERPRET is set")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """One thread, unless a test asks for more: spinning pools on shared cores (xdist) cost 3×."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -188,3 +189,16 @@ def test_everything_public_is_documented(name: str, value: object) -> None:
 )
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_the_gpu_tests_fail_without_a_gpu_in_place_of_skipping_everything() -> None:
+    (recipe,) = re.findall(r"^gpu-%:\n\t(.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert " --need-gpu " in recipe
+    assert "||" not in recipe
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--need-gpu", "--collect-only", "tests/test_tally.py"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "torch sees no GPU" in done.stderr
