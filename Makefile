@@ -84,7 +84,8 @@ bench-sweep: $(VENV)/.installed  ## seconds and memory against C, B, D and works
 	$(PY) -m bench sweep --json $(RESULTS)/cpu-sweep.json --plots $(RESULTS)/cpu-sweep
 
 # `make bench-gpu PY=python3` takes the Python that is there: no network, no rich, no matplotlib are needed.
-bench-gpu: $(READY)  ## on this machine's GPU (10 minutes)
+bench-gpu: $(READY)  ## tune the kernels, then measure, on this machine's GPU (10 minutes)
+	-$(PY) -m expface_kernels.backends.triton.autotune --seconds 120
 	$(PY) -m bench gpu
 
 readme-tables: $(VENV)/.installed  ## README's tables and measured numbers, from bench/results

@@ -78,8 +78,8 @@ def compare(before: Result | Sweep, after: Result | Sweep, threshold: float) -> 
         Change(*key, value, new.get(key), _worse(key, value, new.get(key), threshold))
         for key, value in old.items()
     )
-    right = {(gate.peer, gate.backward) for gate in before.gates if gate.passed}
-    failed = [g.peer for g in after.gates if not g.passed and (g.peer, g.backward) in right]
+    right = {(gate.peer, gate.dtype, gate.backward) for gate in before.gates if gate.passed}
+    failed = [g.peer for g in after.gates if not g.passed and (g.peer, g.dtype, g.backward) in right]
     return Comparison(changes, tuple(dict.fromkeys(failed)), _warnings(before, after), threshold)
 
 

@@ -75,16 +75,16 @@ def check(name: str, inputs: Inputs, wanted: tuple[Tensor, ...]) -> Gate:
         loss = peer.step(inputs)()
     except Exception as error:  # a peer that raises has failed, whatever it raised
         reason: str | None = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_LENGTH]
-        return Gate(name, label, (), limit, False, reason, inputs.case.backward)
+        return Gate(name, label, (), limit, False, reason, inputs.case.backward, inputs.case.dtype)
     got: tuple[Tensor | None, ...] = (loss, inputs.x.grad, inputs.w.grad)
     if not inputs.case.backward:
         got, wanted = got[:1], wanted[:1]
     if any(tensor is None or tensor.shape != want.shape for tensor, want in zip(got, wanted, strict=True)):
         reason = "the loss or a gradient is missing or of another shape"
-        return Gate(name, label, (), limit, False, reason, inputs.case.backward)
+        return Gate(name, label, (), limit, False, reason, inputs.case.backward, inputs.case.dtype)
     errors = tuple(
         relative_error(tensor, want) for tensor, want in zip(got, wanted, strict=True) if tensor is not None
     )
     passed = all(error <= limit for error in errors)  # NaN does not pass
     reason = None if passed else "its answer is wrong"
-    return Gate(name, label, errors, limit, passed, reason, inputs.case.backward)
+    return Gate(name, label, errors, limit, passed, reason, inputs.case.backward, inputs.case.dtype)

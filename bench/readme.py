@@ -244,17 +244,20 @@ def gpu(results: Path) -> str:
     parts = []
     for path in sorted(results.glob(GPU)):
         found = _sweep(path)
-        shapes = list(dict.fromkeys((p.case.rows, p.case.classes, p.case.features) for p in found.points))
-        at = {(p.peer, p.case.rows, p.case.classes, p.case.features): p for p in found.points}
+        shapes = list(
+            dict.fromkeys((p.case.dtype, p.case.rows, p.case.classes, p.case.features) for p in found.points)
+        )
+        at = {(p.peer, p.case.dtype, p.case.rows, p.case.classes, p.case.features): p for p in found.points}
         labels = {point.peer: point.label for point in found.points if point.median is not None}
         rows = [
             [OURS.get(peer, label), *(_cell(found, at.get((peer, *shape))) for shape in shapes)]
             for peer, label in labels.items()
         ]
-        columns = ["head", *(f"B = {b:,}, C = {c:,}" for b, c, _ in shapes)]
+        columns = ["head", *(f"{dtype}, B = {b:,}, C = {c:,}" for dtype, b, c, _ in shapes)]
         prose = _prose(
             f"On one {found.machine['gpu']['card']} (`{_without_json(found.command)}`, {_link(path.name)}), "
-            f"D = {shapes[0][2]:,}, bfloat16 autocast, ms of a step (times as fast as the eager head):"
+            f"D = {shapes[0][3]:,}, bfloat16 autocast, ms of a step (times as fast as the eager "
+            "head), by the dtype of embeddings and centres:"
         )
         parts.append(f"{prose}\n\n{_table(columns, rows)}")
     return "\n\n".join(parts)

@@ -56,10 +56,12 @@ def print_machine(machine: dict[str, Any], out: Output) -> None:
 def print_gates(gates: Sequence[Gate], out: Output) -> None:
     """Each peer's errors."""
     rows = []
+    several = len({gate.dtype for gate in gates}) > 1
     for gate in gates:
         errors = [f"{error:.1e}" for error in gate.errors]
         verdict = "ok" if gate.passed else f"FAILED: {gate.reason}"
         of = gate.label if gate.backward else f"{gate.label}, forward alone"
+        of += f", {gate.dtype}" if several else ""
         rows.append([of, *errors, *[NONE] * (3 - len(errors)), verdict])
     limit = max((gate.limit for gate in gates), default=0.0)
     out.table(

@@ -26,7 +26,10 @@ class Gate:
     limit: float
     passed: bool
     reason: str | None
+    """Why it did not pass."""
     backward: bool = True
+    dtype: str = "float32"
+    """Of the inputs as they are stored."""
 
 
 @dataclass(frozen=True)

@@ -106,14 +106,21 @@ class Run:
         )
 
     def _gate(self) -> None:
-        case = gate_case(self.plan.stops[0].case)
-        able = [
-            name for name in self.plan.peers if peers.get(name).cannot(terms(peers.get(name), case)) is None
-        ]
-        advance = self.progress.task("gate", len(able) * len(self.plan.directions))
-        for backward in self.plan.directions:
-            small = dataclasses.replace(case, backward=backward)
-            self.gates += check_all(able, small, lambda: advance(1))
+        # One small case for each dtype of the inputs.
+        cases: dict[str, Case] = {}
+        for stop in self.plan.stops:
+            cases.setdefault(stop.case.dtype, gate_case(stop.case))
+        advance = self.progress.task("gate", len(self.plan.peers) * len(cases) * len(self.plan.directions))
+        for case in cases.values():
+            able = [
+                name
+                for name in self.plan.peers
+                if peers.get(name).cannot(terms(peers.get(name), case)) is None
+            ]
+            for backward in self.plan.directions:
+                small = dataclasses.replace(case, backward=backward)
+                self.gates += check_all(able, small, lambda: advance(1))
+                advance(len(self.plan.peers) - len(able))
 
     def _stops(self) -> None:
         weights = parts(self.plan.stops)
@@ -121,7 +128,8 @@ class Run:
         for i, stop in enumerate(self.plan.stops):
             case = stop.case
             self.progress.note(
-                f"shape {i + 1} of {len(weights)}: B={case.rows:,}, C={case.classes:,}, D={case.features:,}; "
+                f"shape {i + 1} of {len(weights)}: B={case.rows:,}, C={case.classes:,}, D={case.features:,}, "
+                f"{case.dtype}; "
                 f"{self._whole.left:.0f} s of {self.plan.seconds:.0f} s left"
             )
             self.points += self._stop(stop, self._whole.share(weights[i], sum(weights[i:])))
@@ -147,7 +155,8 @@ class Run:
     def _asked(self, stop: Stop, backward: bool) -> list[Point]:
         """Every peer's point, with a reason where it cannot run this shape."""
         case = dataclasses.replace(stop.case, backward=backward)
-        right = {gate.peer for gate in self.gates if gate.passed and gate.backward == backward}
+        kind = (case.dtype, backward)
+        right = {gate.peer for gate in self.gates if gate.passed and (gate.dtype, gate.backward) == kind}
         points = []
         for name in stop.peers:
             peer = peers.get(name)

@@ -45,7 +45,7 @@ def _print_axis(sweep: Sweep, axis: Axis, backward: bool, out: Output) -> None:
     others = ", ".join(
         f"{other}={getattr(axis.case, name):,}" for name, other in LETTERS.items() if name != axis.varies
     )
-    of = f"against {letter}, {direction(backward)}: {others}"
+    of = f"against {letter}, {direction(backward)}: {others}{_dtype(sweep, axis)}"
     for title, cell, caption in (
         (
             f"Seconds {of}",
@@ -59,6 +59,12 @@ def _print_axis(sweep: Sweep, axis: Axis, backward: bool, out: Output) -> None:
             line = dict(sweep.line(axis, peer, backward=backward))
             rows.append([label, *(cell(sweep, line[v]) if v in line else NONE for v in values)])
         out.table(title, columns, rows, caption)
+
+
+def _dtype(sweep: Sweep, axis: Axis) -> str:
+    """What the axis' inputs are stored in, where that differs from axis to axis."""
+    several = len({each.case.dtype for each in sweep.axes}) > 1
+    return f", {axis.case.dtype} centres" if several else ""
 
 
 def labels_of(sweep: Sweep, axis: Axis, backward: bool) -> dict[str, str]:
@@ -130,7 +136,7 @@ def _print_slopes(sweep: Sweep, directions: list[bool], out: Output) -> None:
                 memory, added = found.memory_exponent, found.bytes_a_class
                 rows.append(
                     [
-                        f"{label}, B={axis.case.rows:,}, {direction(backward)}",
+                        f"{label}, B={axis.case.rows:,}{_dtype(sweep, axis)}, {direction(backward)}",
                         f"{found.first:,} to {found.last:,}",
                         f"{found.seconds_exponent:.2f}",
                         NONE if memory is None else f"{memory:.2f}",
@@ -154,7 +160,7 @@ def _print_notes(sweep: Sweep, out: Output) -> None:
         text = f"FAILED: {point.error}" if point.error else (point.reason or "").partition(" for a step")[0]
         if text and point.needs_bytes is None:
             case = point.case
-            where = f"B={case.rows:,}, C={case.classes:,}, D={case.features:,}"
+            where = f"B={case.rows:,}, C={case.classes:,}, D={case.features:,}, {case.dtype}"
             found.setdefault((point.peer, text), []).append(where)
     for (peer, text), places in found.items():
         places = list(dict.fromkeys(places))

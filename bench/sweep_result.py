@@ -125,4 +125,9 @@ def _point(entry: dict[str, Any]) -> Point:
 
 
 def _same_shape(a: Case, b: Case) -> bool:
-    return (a.rows, a.classes, a.features, a.backward) == (b.rows, b.classes, b.features, b.backward)
+    return _shape(a) == _shape(b)
+
+
+def _shape(case: Case) -> tuple[object, ...]:
+    """What all peers of a stop have in common; the rest may be in their own terms."""
+    return case.rows, case.classes, case.features, case.dtype, case.backward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from bench import machine, memory, plans, show, sweep
 from bench.cases import Case, Inputs
 from bench.peers.base import Peer, Step
 from bench.sweep import Plan, Run, Stop
+from bench.sweep_report import print_sweep
 from bench.sweep_result import Axis, Sweep
 from tests.test_bench.test_budget import FakeClock
 
@@ -68,7 +70,10 @@ class Sweeper:
         return self.peers[name]
 
     def _gates(self, names: list[str], case: Case, advance: Callable[[], None]) -> tuple[sweep.Gate, ...]:
-        return tuple(sweep.Gate(name, name, (), 1e-5, name != "wrong", None, case.backward) for name in names)
+        return tuple(
+            sweep.Gate(name, name, (), 1e-5, name != "wrong", None, case.backward, case.dtype)
+            for name in names
+        )
 
     def _extra_bytes(self, name: str, case: Case) -> int:
         self.clock.now += memory.STEPS * self.peers[name].per_flop * case.flops
@@ -253,6 +258,34 @@ def test_a_peer_that_is_wrong_is_not_timed(sweeper: Sweeper) -> None:
     assert "gate" in str({point.peer: point.reason for point in found.points}["wrong"])
 
 
+def test_a_shape_in_two_dtypes_is_two_shapes(sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeper.add("a")
+    sweeper.add("b", 2 * PER_FLOP)
+    gates = sweeper._gates
+
+    def only_in_float32(names: list[str], case: Case, advance: Callable[[], None]) -> tuple[sweep.Gate, ...]:
+        found = gates(names, case, advance)
+        return tuple(dataclasses.replace(g, passed=(g.peer, g.dtype) != ("b", "bfloat16")) for g in found)
+
+    monkeypatch.setattr(sweep, "check_all", only_in_float32)
+    wide, narrow = BASE, dataclasses.replace(BASE, dtype="bfloat16")
+    stops = tuple(Stop(case, ("a", "b")) for case in (wide, narrow))
+    axes = tuple(Axis("classes", case) for case in (wide, narrow))
+    found = Run(Plan(stops, axes, (True,), 2, 1e6, ""), show.Silent(), clock=sweeper.clock).run()
+    assert {(gate.peer, gate.dtype) for gate in found.gates} == {
+        (name, dtype) for name in "ab" for dtype in ("float32", "bfloat16")
+    }
+    assert [point.case.dtype for case in (wide, narrow) for point in found.at(case).values()] == [
+        "float32", "float32", "bfloat16", "bfloat16",
+    ]  # fmt: skip
+    assert found.at(wide)["b"].seconds
+    assert "gate" in str(found.at(narrow)["b"].reason)
+    file = io.StringIO()
+    print_sweep(found, show.Plain(file))
+    for dtype in ("float32", "bfloat16"):
+        assert f"B=4, D=8, {dtype} centres" in file.getvalue()
+
+
 def test_a_stopped_sweep_keeps_the_shapes_before(sweeper: Sweeper) -> None:
     def stop(case: Case) -> None:
         if case.classes == 30:
@@ -303,5 +336,8 @@ def test_the_gpu_plan_crosses_rows_and_classes_under_autocast() -> None:
     assert {(s.case.device, s.case.autocast, s.case.features) for s in plan.stops} == {
         ("cuda", "bfloat16", 512)
     }
-    assert plan.seconds < 600
+    assert plan.seconds + 120 < 600  # and two minutes for tuning
+    narrow = {(s.case.rows, s.case.classes) for s in plan.stops if s.case.dtype == "bfloat16"}
+    assert narrow == {(1024, c) for c in (10**5, 10**6, 4 * 10**6)}
+    assert len(plan.stops) == 9 + 3
     assert {"eager", "compiled", "cce", "liger", "ours"} <= set(plan.peers)
