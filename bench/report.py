@@ -59,16 +59,16 @@ def print_gates(gates: Sequence[Gate], out: Output) -> None:
     several = len({gate.dtype for gate in gates}) > 1
     for gate in gates:
         errors = [f"{error:.1e}" for error in gate.errors]
-        verdict = "ok" if gate.passed else f"FAILED: {gate.reason}"
+        verdict = (gate.note or "ok") if gate.passed else f"FAILED: {gate.reason}"
         of = gate.label if gate.backward else f"{gate.label}, forward alone"
         of += f", {gate.dtype}" if several else ""
         rows.append([of, *errors, *[NONE] * (3 - len(errors)), verdict])
-    limit = max((gate.limit for gate in gates), default=0.0)
+    limits = " or ".join(f"{limit:g}" for limit in sorted({gate.limit for gate in gates}))
     out.table(
         "Correctness gate, at a small size of the same kind",
         ["head", "loss", "dx", "dw", ""],
         rows,
-        f"norm of the error over norm of float64 truth, at most {limit:g}; what fails is not measured",
+        f"norm of the error over norm of float64 truth, at most {limits}; what fails is not measured",
     )
 
 

@@ -30,6 +30,8 @@ class Gate:
     backward: bool = True
     dtype: str = "float32"
     """Of the inputs as they are stored."""
+    note: str | None = None
+    """What is to be known of one that passed."""
 
 
 @dataclass(frozen=True)

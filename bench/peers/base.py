@@ -38,6 +38,9 @@ class Peer(ABC):
     sample_rate: float = 1.0
     """The share of the classes that take part in its step."""
 
+    rounds_cosines: bool = True
+    """Where products are 16 bit, so are its cosines, or the unit rows and centres that they come from."""
+
     loads: tuple[str, ...] = ()
     """Modules that its step imports when it is first made or run."""
 

@@ -17,6 +17,7 @@ class Ours(Peer):
     """`margin_cross_entropy`. "ours" has the default workspace, "ours@0" none, "ours@N" one of N bytes."""
 
     loads = ("torch._dynamo",)
+    rounds_cosines = False
 
     def __init__(self, workspace_bytes: int | None = None) -> None:
         self.name = "ours" if workspace_bytes is None else f"ours@{workspace_bytes}"

@@ -3,11 +3,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
+from bench import peers, plans
 from bench.cases import DEFAULT, Case
-from bench.gate import check, gate_case, truth
+from bench.gate import ROUNDED, check, check_all, gate_case, limit_of, truth
 from expface_kernels.margin_spec import MARGINS
 from tests.test_bench import strange_peers
+from tests.tolerances import CAPS, ROUNDED_COSINES
 
 CASE = Case(rows=16, classes=100, features=32)
 STRANGE = strange_peers.__name__
@@ -56,3 +59,25 @@ def test_the_gate_is_small_and_of_the_same_kind() -> None:
     case = gate_case(dataclasses.replace(DEFAULT, margin="arcface"))
     assert case.rows * case.classes < 1e6
     assert (case.features, case.margin) == (DEFAULT.features, "arcface")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_baseline_that_rounds_its_cosines_is_measured_with_a_note(dtype: str) -> None:
+    case = gate_case(dataclasses.replace(plans.GPU.grid.main, device="cpu", dtype=dtype))
+    names = ["ours", "eager", "pml_arcface", f"{STRANGE}:SHIFTED"]
+    ours, eager, metric_learning, shifted = check_all(names, case)
+    assert ours.limit == CAPS[torch.bfloat16]
+    assert (ours.passed, ours.note, ours.dtype) == (True, None, dtype)
+    assert eager.passed
+    assert (metric_learning.passed, metric_learning.note) == (True, ROUNDED)
+    assert max(metric_learning.errors) > CAPS[torch.bfloat16]
+    assert not shifted.passed
+
+
+def test_ours_and_float32_have_no_more_room_than_the_policy_gives() -> None:
+    half = dataclasses.replace(CASE, autocast="bfloat16")
+    for name in ("ours", "ours@0", "ours_sampled"):
+        assert limit_of(peers.get(name), half) == CAPS[torch.bfloat16]
+    assert limit_of(peers.get("eager"), half) == ROUNDED_COSINES
+    for name in ("ours", "eager", "partial_fc"):
+        assert limit_of(peers.get(name), CASE) == CAPS[torch.float32]
