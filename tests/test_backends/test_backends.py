@@ -95,18 +95,45 @@ def test_a_class_subset_equals_the_gathered_centres(kind: str, backend: str, sma
     assert _is_zero(dw[torch.ones(61, dtype=torch.bool).index_fill(0, subset, False)])
 
 
+def _over_subset(
+    x: Tensor, w: Tensor, subset: Tensor, y: Tensor, backend: str, workspace_bytes: int, sparse_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log l, dx, dw) of some loss on the CPU, from the half of the function that looks at no values.
+
+    y (B,): positions in the subset, which is taken as it lies in memory.
+    """
+    device = device_of(backend)
+    a, b = (t.to(device, copy=True).requires_grad_() for t in (x, w))
+    n = functional.negatives_of(
+        a,
+        b,
+        y.to(device),
+        counted=torch.ones(y.shape[0], dtype=torch.bool, device=device),
+        scale=16.0,
+        class_subset=subset,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+        find_hardest=False,
+        sparse_grad=sparse_grad,
+    )
+    (n.log_l.sum() - 3 * n.theta.sum()).backward()
+    return n.log_l.detach().cpu(), a.grad.cpu(), b.grad.cpu()
+
+
 @pytest.mark.parametrize("workspace_bytes", [0, 2**20])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16], ids=str)
 def test_a_strided_class_subset_gives_the_same_bits(
-    workspace_bytes: int, backend: str, small_tiles: int
+    dtype: torch.dtype, workspace_bytes: int, backend: str, small_tiles: int
 ) -> None:
     x, w, y = batch("mixed", 9, 61, 16)
+    x, w = x.to(dtype), w.to(dtype)
     subset = torch.unique(torch.cat([y, torch.tensor([0, 2, 17, 33, 58, 60])]))
+    y = torch.searchsorted(subset, y)
+    subset = subset.to(device_of(backend))
     strided = torch.stack([subset, 60 - subset], 1)[:, 0]
     assert not strided.is_contiguous()
-    options = {"workspace_bytes": workspace_bytes}
-    right = _run(x, w, y, backend, class_subset=subset, **options)
-    for got, expected in zip(_run(x, w, y, backend, class_subset=strided, **options), right, strict=True):
-        assert torch.equal(got, expected)
+    right, got = (_over_subset(x, w, s, y, backend, workspace_bytes, False) for s in (subset, strided))
+    assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -146,21 +173,8 @@ def test_a_sparse_gradient_is_the_subsets_rows_of_the_dense_one(
     positions[2] = -1  # a row whose target is another shard's
     found = {}
     for sparse_grad in (False, True):
-        a, b = leaves(x, w, dtype)
-        n = functional.negatives_of(
-            a,
-            b,
-            positions,
-            counted=torch.ones(9, dtype=torch.bool),
-            scale=16.0,
-            class_subset=subset,
-            workspace_bytes=workspace_bytes,
-            backend=backend,
-            find_hardest=False,
-            sparse_grad=sparse_grad,
-        )
-        (n.log_l.sum() - 3 * n.theta.sum()).backward()
-        found[sparse_grad] = (n.log_l, a.grad, b.grad)
+        here = subset.to(device_of(backend))
+        found[sparse_grad] = _over_subset(x, w, here, positions, backend, workspace_bytes, sparse_grad)
     dense, sparse = found[False], found[True]
     assert torch.equal(dense[0], sparse[0])
     assert torch.equal(dense[1], sparse[1])
