@@ -159,23 +159,6 @@ def test_shards_add_up_to_the_whole(name: str) -> None:
 
 
 @op_backend
-@pytest.mark.parametrize("workspace_bytes", [0, 2**20])
-def test_a_shard_without_a_class_has_sums_of_0_and_gradients_0(name: str, workspace_bytes: int) -> None:
-    x, w = leaves(batch("random", 5, 9, 8)[0], torch.empty(0, 8))
-    y = torch.full((5,), NO_TARGET)
-    log_l, theta, *_, cos, classes = _lse(x, w, y, name, workspace_bytes=workspace_bytes, find_hardest=True)
-    assert log_l.isneginf().all()
-    assert not theta.any()
-    assert cos.isneginf().all()
-    assert classes.tolist() == [-1] * 5
-    torch.autograd.backward([log_l, theta], [torch.zeros(5, dtype=F64), torch.ones(5, dtype=F64)])
-    assert x.grad is not None
-    assert not x.grad.any()
-    assert w.grad is not None
-    assert w.grad.shape == (0, 8)
-
-
-@op_backend
 def test_a_label_that_could_not_be_checked_gives_a_nan_row_and_leaves_others_alone(name: str) -> None:
     x, w, y = batch("random", 5, 9, 8)
     right = _lse(x, w, y, name)

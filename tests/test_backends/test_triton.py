@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expface_kernels import ArcFace, ExpFace, margin_cross_entropy
+from expface_kernels import ArcFace, ExpFace, functional, margin_cross_entropy
 from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, NORM_EPS, Pairs, Request
 from expface_kernels.backends.triton import TritonBackend, plan
 from expface_kernels.functional import topk_cosine
@@ -236,6 +236,32 @@ def test_a_shard_of_targets_only_and_rows_without_a_target(scale: float) -> None
     assert_close(dx[1:2].cpu(), scale * 0.5 * (wn - cos * xn) / x[1].norm(), dtype=F32)
     assert_close(dw.cpu(), scale * 0.5 * (xn - cos * wn) / w.norm(), dtype=F32)
     assert not dx[[0, 2, 3]].any()
+
+
+@pytest.mark.parametrize("workspace_bytes", [0, KEEP])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_a_shard_without_a_class_has_sums_of_0_and_gradients_0(rows: int, workspace_bytes: int) -> None:
+    x, w = (torch.ones(n, 8, device=TRITON_DEVICE, requires_grad=True) for n in (rows, 0))
+    n = functional.negatives_of(
+        x,
+        w,
+        torch.full((rows,), NO_TARGET, device=TRITON_DEVICE),
+        counted=torch.ones(rows, dtype=torch.bool, device=TRITON_DEVICE),
+        scale=64.0,
+        class_subset=None,
+        workspace_bytes=workspace_bytes,
+        backend="triton",
+        find_hardest=True,
+    )
+    assert n.log_l.isneginf().all()
+    assert not n.theta.any()
+    assert n.hardest_cos.isneginf().all()
+    assert n.hardest_class.tolist() == [-1] * rows
+    torch.autograd.backward([n.log_l, n.theta], [torch.zeros_like(n.log_l), torch.ones_like(n.theta)])
+    assert x.grad is not None
+    assert not x.grad.any()
+    assert w.grad is not None
+    assert w.grad.shape == (0, 8)
 
 
 @pytest.mark.parametrize(
