@@ -117,6 +117,32 @@ def test_nothing_around_the_op_asks_for_a_value(
     assert w.grad is not None
 
 
+class OpCalls(TorchDispatchMode):
+    """The arguments of each call of the op, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.expface_kernels.cosine_lse.default:
+            names = [argument.name for argument in func._schema.arguments]
+            self.seen.append(dict(zip(names, args, strict=False)) | (kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("scale", "usable"), [(70.0, 2**20), (70.5, 0)])
+def test_the_op_is_told_of_no_workspace_that_its_scale_cannot_use(
+    scale: float, usable: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "autocast_dtype", lambda x: None)  # which knows no meta tensors
+    x, w = (torch.empty(9, 40, device="meta", requires_grad=True) for _ in range(2))
+    y = torch.empty(9, dtype=torch.int64, device="meta")
+    with OpCalls() as calls_made:
+        margin_cross_entropy(x, w, y, scale=scale, workspace_bytes=2**20, backend="triton").backward()
+    assert [call["workspace_bytes"] for call in calls_made.seen] == [usable]
+
+
 @pytest.mark.parametrize("subset", [False, True])
 def test_the_check_of_labels_asks_for_no_value(subset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EXPFACE_CHECK_LABELS", raising=False)
