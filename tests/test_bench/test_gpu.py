@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bench.cases import Case
 from bench.commands import sweep as command
 from bench.sweep import Plan, Run, Stop
 from bench.sweep_result import Point, Sweep
-from expface_kernels.backends.triton import costs
+from expface_kernels.backends.triton import autotune, costs
 
 CARD = "NVIDIA H100 80GB HBM3"
 CASE = Case(256, 100_000, 512, device="cuda", autocast="bfloat16")
@@ -78,3 +79,13 @@ def test_nvidia_smi_that_fails_leaves_blanks(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(cuda.subprocess, "run", fail)
     assert set(cuda.smi().values()) == {None}
+
+
+def test_one_target_tunes_and_measures_within_ten_minutes() -> None:
+    text = (Path(__file__).parents[2] / "Makefile").read_text()
+    recipe = re.search(
+        r"^bench-gpu:.*\n\t-\$\(PY\) -m (\S+) --seconds (\d+)\n\t\$\(PY\) -m bench gpu$", text, re.M
+    )
+    assert recipe is not None
+    assert recipe[1] == autotune.__name__
+    assert int(recipe[2]) + plans.GPU.seconds <= 570
