@@ -20,6 +20,8 @@ from torch import Tensor
 
 ONEDNN_TILE_ELEMENTS = 1 << 21
 TILE_ELEMENTS = 1 << 23
+SMALL = 1 << 21
+"""Multiplications below which torch.mm starts sooner than it would be overtaken."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Products:
 
     def mm(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         """out = a·b for a (N, K), b (K, M), out (N, M), all of one dtype; returns out."""
-        if not self.owns_results or a.numel() == 0 or b.numel() == 0:
+        if not self.owns_results or a.numel() * b.shape[1] < SMALL:
             return torch.mm(a, b, out=out)
         return out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], ""))
 

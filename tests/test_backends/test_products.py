@@ -16,6 +16,11 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 LIBRARIES = [MM, pytest.param(ONEDNN, marks=needs_onednn)]
 
 
+@pytest.fixture(autouse=True)
+def _no_product_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "SMALL", 1)
+
+
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda found: found.name)
 @pytest.mark.parametrize("sizes", [(5, 3, 7), (1, 1, 1), (33, 64, 17), (0, 3, 2), (3, 0, 2), (3, 2, 0)])
 @pytest.mark.parametrize("transposed", ["neither", "a", "b", "both"])
