@@ -15,6 +15,8 @@ from expface_kernels.plan.memory import Item, divided_bytes, items_of, peak_byte
 from expface_kernels.plan.optimizers import FUSED, SPARSE_TEMPORARY
 from expface_kernels.plan.seconds import Work, work_of
 
+NEAR = 32
+"""So many numbers of devices are tried one by one, from the fewest that could be enough."""
 MOST_TIMES = 1024
 """From as many devices as could just hold what is divided among them, up to so many times more are tried."""
 SAMPLED_RATE = 0.1
@@ -92,7 +94,7 @@ def plan(job: Job, rates: Rates | None = None) -> Plan:
 def advise(found: Plan, rates: Rates | None = None) -> Advice:
     """rates: as `plan` took them."""
     smallest = smallest_ranks(found.job)
-    changes = tuple(Change(name, plan(job, rates)) for name, job in _changes(found.job))
+    changes = tuple(Change(name, plan(job, rates)) for name, job in _changes(found.job, smallest))
     first = _for_speed(found, changes) if found.fits else _for_memory(found, changes, smallest)
     return Advice(smallest, changes, first)
 
@@ -114,9 +116,14 @@ def smallest_ranks(job: Job) -> int | None:
 
     # What is divided among them must fit whatever else there is.
     least = max(-(-divided_bytes(_on(job, 1)) // job.capacity_bytes), 1)
-    fewer, too_few, enough = least - 1, least - 1, least
+    # One by one at first: among few ranks the peak goes up and down, where a buffer is mapped apart.
+    near = next(filter(fits, range(least, least + NEAR)), None)
+    if near is not None:
+        return near
+    fewer = too_few = least + NEAR - 1
+    enough = 2 * too_few - least + 1
     while not fits(enough):
-        if too_few >= least and peak(enough) >= peak(too_few):  # rows outweigh centres by now
+        if peak(enough) >= peak(too_few):  # rows outweigh centres by now
             return next(filter(fits, range(fewer + 1, enough)), None)
         if enough > MOST_TIMES * least:
             return None
@@ -135,7 +142,7 @@ def _on(job: Job, ranks: int) -> Job:
     return dataclasses.replace(job, ranks=ranks, sparse_grad=False, optimizer=optimizer)
 
 
-def _changes(job: Job) -> list[tuple[str, Job]]:
+def _changes(job: Job, smallest: int | None) -> list[tuple[str, Job]]:
     """(what is changed, the job then): first what changes no result, last what changes training most."""
     found: list[tuple[str, dict[str, Any]]] = []
     if job.workspace_bytes:
@@ -143,11 +150,12 @@ def _changes(job: Job) -> list[tuple[str, Job]]:
     everything = job.rows * job.active_classes * 8
     if job.workspace_bytes < everything:
         found.append((KEEP_ALL, {"workspace_bytes": everything}))
-    found.append((f"{2 * job.ranks} devices", {"ranks": 2 * job.ranks}))
-    if job.device != "cpu" and job.autocast is None and job.dtype == "float32":
-        found.append((AUTOCAST, {"autocast": "bfloat16"}))
     if job.optimizer in FUSED and not job.fused and not job.sparse_grad:
         found.append((FUSED_NAME, {"fused": True}))
+    ranks = smallest if smallest is not None and smallest > job.ranks else 2 * job.ranks
+    found.append((f"{ranks} devices", {"ranks": ranks}))
+    if job.device != "cpu" and job.autocast is None and job.dtype == "float32":
+        found.append((AUTOCAST, {"autocast": "bfloat16"}))
     if job.optimizer in LIGHTER:
         found.append((f"optimizer {LIGHTER[job.optimizer]}", {"optimizer": LIGHTER[job.optimizer]}))
     if job.sample_rate > SAMPLED_RATE:

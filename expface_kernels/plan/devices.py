@@ -69,9 +69,10 @@ class Rates:
 def calibrate(rows: int, features: int, dtype: torch.dtype, threads: int) -> Rates:
     """Measure this machine, half a second: products of (T, D) by (D, N), of their transposes, and memory.
 
-    rows N, features D: products run at another rate where they are small. threads: torch's own number,
-    which the result belongs to.
+    rows N, features D: products run at another rate where they are small; more than 8192 make no difference.
+    threads: torch's own number, which the result belongs to.
     """
+    rows, features = min(rows, CALIBRATION_CLASSES), min(features, CALIBRATION_CLASSES)
     library = products.of(dtype)
     tile = min(CALIBRATION_CLASSES, max(library.tile(rows, features), 256))
     w, x = torch.randn(tile, features, dtype=dtype), torch.randn(rows, features, dtype=dtype)
