@@ -1,8 +1,8 @@
 """Train the glyph embedding on several processes, each with a share of the classes; save, resume on others.
 
     torchrun --nproc-per-node 2 examples/train_ddp.py             # some minutes; out/ddp/epoch-1, …
-    torchrun --nproc-per-node 3 examples/train_ddp.py --resume    # goes on, on as many processes as you like
-    torchrun --nproc-per-node 2 examples/train_ddp.py --toy       # some seconds: does it run?
+    torchrun --nproc-per-node 3 examples/train_ddp.py --resume    # goes on where it was stopped, on any
+    torchrun --nproc-per-node 2 examples/train_ddp.py --toy --out out/ddp-toy     # some seconds: does it run?
 
 On CPUs the processes talk through gloo, with GPUs (one for each process) through NCCL. Without torchrun it is
 one process. The exit status of each process is 2 for arguments, data or checkpoints that do not fit, 1 where
@@ -100,7 +100,9 @@ def run(group: Any, device: torch.device, options: argparse.Namespace) -> None:
     """Train, from the start or from the last checkpoint, and verify; every rank of the group calls it."""
     done, checkpoint = _last_checkpoint(options.out)
     if checkpoint is not None and not options.resume:
-        raise UsageError(f"--out: {checkpoint} is of an earlier run; --resume goes on with it")
+        raise UsageError(
+            f"--out: {checkpoint} is of an earlier run; --resume goes on with it, another folder starts anew"
+        )
     if checkpoint is None and options.resume:
         raise UsageError(f"--resume: expected a checkpoint epoch-1, … in {options.out}, found none")
     if done >= options.epochs:

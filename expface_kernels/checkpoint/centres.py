@@ -144,7 +144,13 @@ def _write(
     """Header by the first rank, rows by each, rename by the first."""
     token = members.gather(uuid.uuid4().hex)[0]
     temporary = path.with_name(f".{path.name}.{token}.tmp")
-    layout = members.together(lambda: Layout(table, metadata))
+
+    def laid_out() -> Layout:
+        if members.first:
+            _check_place(path)
+        return Layout(table, metadata)
+
+    layout = members.together(laid_out)
     members.agree(layout.told)
     try:
         members.together(lambda: layout.create(temporary) if members.first else None)
@@ -154,6 +160,13 @@ def _write(
         if members.first:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _check_place(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: there is no directory {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"path: expected a file, {path} is a directory")
 
 
 def _check_fits(

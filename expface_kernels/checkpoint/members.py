@@ -67,6 +67,8 @@ class Members:
 
 def members_of(weight: Tensor, process_group: dist.ProcessGroup | None) -> Members:
     """The ranks that hold a weight: those of its mesh if it is a DTensor, else of `process_group`."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, such as head.weight, got {type(weight).__name__}")
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None:
         return Members(process_group)

@@ -289,3 +289,22 @@ def test_metadata_is_strings(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"metadata: expected strings by name, got {'epoch': 3}"):
         save_centres(tmp_path / "file", Head(C).weight, metadata=odd)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_head_in_place_of_its_weight_and_a_place_that_is_none_are_named(tmp_path: Path) -> None:
+    head: Any = MarginSoftmaxHead(D, C)
+    path = tmp_path / "centres.safetensors"
+    with pytest.raises(
+        TypeError, match=r"weight: expected a tensor, such as head.weight, got MarginSoftmaxHead"
+    ):
+        save_centres(path, head)
+    save_centres(path, head.weight)
+    with pytest.raises(
+        TypeError, match=r"weight: expected a tensor, such as head.weight, got MarginSoftmaxHead"
+    ):
+        load_centres(path, head)
+    with pytest.raises(FileNotFoundError, match=r"path: there is no directory .*nowhere$"):
+        save_centres(tmp_path / "nowhere" / "centres.safetensors", head.weight)
+    with pytest.raises(IsADirectoryError, match=r"path: expected a file, .* is a directory"):
+        save_centres(tmp_path, head.weight)
+    assert list(tmp_path.iterdir()) == [path]
