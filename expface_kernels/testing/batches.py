@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-KINDS = ("random", "near_centre", "opposite", "learnt", "mixed", "wrong_class")
+KINDS = ("random", "near_centre", "opposite", "learnt", "spread", "mixed", "wrong_class")
 
 INIT_STD = 0.01
 LEARNT_ANGLE = math.radians(35)
@@ -23,9 +23,10 @@ def batch(kind: str, rows: int, classes: int, features: int, seed: int = 0) -> t
     """(x, w, y), float64 holding float32 values. kind is one of KINDS, or "flat" (which has 3 classes).
 
     "random": centres ~ N(0, 0.01²), rows anywhere. "near_centre", "opposite": rows at, and up to 1e-3 rad
-    from, their centre or its antipode. "learnt": every row at 35 degrees from its centre. "mixed": all of
-    these in turn. "wrong_class": every row lies on another class's centre. "flat": three centres that nearly
-    agree, every row opposite to all of them: every logit is near −s, and exp(−128) is no float32.
+    from, their centre or its antipode. "learnt": every row at 35 degrees from its centre. "spread": rows at
+    even distances over (0, 180) degrees from their own centres. "wrong_class": every row lies on another
+    class's centre. "mixed": all of these but "spread" in turn. "flat": three centres that nearly agree, every
+    row opposite to all of them: every logit is near −s, and exp(−128) is no float32.
     """
     g = torch.Generator().manual_seed(seed)
     w = _normal((classes, features), g) * INIT_STD
@@ -49,6 +50,9 @@ def batch(kind: str, rows: int, classes: int, features: int, seed: int = 0) -> t
     }
     order = ("random", "near_centre", "opposite", "learnt", "wrong_class")
     made["mixed"] = torch.stack([made[name] for name in order])[turn % len(order), turn]
+    # Shifted by chance, so that no row stands at 90 degrees and the like, where margins change their course.
+    shift = torch.rand(1, generator=g, dtype=torch.float64)
+    made["spread"] = _rotated(toward, sideways, math.pi * ((turn + shift) / rows)[:, None])
     x = made[kind] * lengths
     if kind in ("near_centre", "opposite"):
         # The first rows of each exactly on the axis, which a scaled unit vector misses by a rounding.

@@ -20,11 +20,11 @@ from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, margin_cross_ent
 from expface_kernels.margins import ExpFace, MarginFunction
 from expface_kernels.testing import policy
 from expface_kernels.testing.batches import KINDS, batch
-from expface_kernels.testing.differences import difference_error, frozen
+from expface_kernels.testing.differences import difference_error, frozen, slope_error
 from expface_kernels.testing.yardsticks import Results, backward, eager, leaves, truth
 
 NAMES = ("loss", "dx", "dw")
-DEFAULT_KINDS = ("random", "near_centre", "opposite", "learnt")
+DEFAULT_KINDS = ("random", "near_centre", "opposite", "learnt", "spread")
 YARDSTICK_DRAWS = 3
 """Batches over which eager's error is taken, the worst of them: in a single one it may be small by luck."""
 
@@ -45,7 +45,7 @@ class Quantity:
     row: int | None = None
     """The worst row, where rows were judged each by its own norm."""
     angle: float | None = None
-    """Its target angle, radians."""
+    """Its target angle, or the angle at which the slope is worst; radians."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ class GradientReport:
     def failures(self) -> list[str]:
         """A line for each quantity outside its limit."""
         return [
-            f"{one.kind}: {q.name} is off by {q.error:.3g}, at most {q.limit:.3g} allowed"
-            + (f" (row {q.row} at {math.degrees(q.angle):.4g} degrees)" if q.angle is not None else "")
+            f"{one.kind}: {q.name} is off by {q.error:.3g}, at most {q.limit:.3g} allowed" + _place(q)
             for one in self.batches
             for q in one.quantities
             if not q.passed
@@ -93,6 +92,13 @@ class GradientReport:
                     if isinstance(value, float) and not math.isfinite(value):
                         quantity[name] = str(value)
         return plain
+
+
+def _place(q: Quantity) -> str:
+    if q.angle is None:
+        return ""
+    row = "" if q.row is None else f"row {q.row} "
+    return f" ({row}at {math.degrees(q.angle):.4g} degrees)"
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,8 @@ def check_gradients(
         dtype: of rows and centres; the truth is taken at their values as stored.
         device: where the backend computes; truth and differences are made on the CPU.
         rows, classes, features: B, C, D.
-        kinds: of `testing.KINDS`: "random", "near_centre", "opposite", "learnt", "mixed", "wrong_class".
+        kinds: of `testing.KINDS`: "random", "near_centre", "opposite", "learnt", "spread", "mixed",
+            "wrong_class".
         seed: of the batches.
         function: a loss of your own in place of `margin_cross_entropy`, called with the same arguments less
             `backend`.
@@ -173,9 +180,12 @@ def check_gradients(
     For each batch: loss, dx and dw by their norms, beside what the textbook loss makes in the same dtype; the
     worst row of loss and of dx, each row by its own norm, with its target angle; and, in float64, the
     gradient against finite differences of its own loss (for "detached" of the loss whose slope it is; where
-    the backend has no float64, those of the reference, which then vouch for the margin's slope).
+    the backend has no float64, those of the reference). For "exact" also the margin's slope against
+    differences of psi, at the rows' angles and on a grid over (0, π), with the worst angle: "detached" does
+    not use it.
 
-    A margin that jumps, or whose slope does, close to a row's angle fails the differences there.
+    A margin may jump or bend: rows close by are left out of the finite differences, and psi's own are taken
+    from both sides.
 
     Raises ValueError and TypeError as `margin_cross_entropy`, RuntimeError where the backend cannot serve.
     Memory: some ten float64 tensors of (B, C).
@@ -227,8 +237,7 @@ def _check_batch(setting: _Setting, kind: str) -> BatchReport:
     theta = reference.pair_angle(x, w[y]).detach()
     for i, name in enumerate(NAMES[:2]):
         quantities.append(_worst_row(name, setting, (got[i], scaled[i], made[i]), dtypes[i], theta))
-    differences = _differences(setting, x, w, y)
-    return BatchReport(kind, (*quantities, *differences))
+    return BatchReport(kind, (*quantities, *_differences(setting, x, w, y), *_slope(setting, theta)))
 
 
 def _drawn(setting: _Setting, kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Results]:
@@ -282,7 +291,7 @@ def _worst_row(
 
 
 def _differences(setting: _Setting, x: Tensor, w: Tensor, y: Tensor) -> tuple[Quantity, ...]:
-    """Nothing where every row of the batch is at a cone."""
+    """Nothing where every row of the batch is at a cone or at a bend of psi."""
     margin, own = setting.margin, setting
     if setting.backend == "triton" and setting.function is None:
         own = dataclasses.replace(setting, backend="reference")
@@ -298,3 +307,12 @@ def _differences(setting: _Setting, x: Tensor, w: Tensor, y: Tensor) -> tuple[Qu
         return ()
     limit = policy.FINITE_DIFFERENCES
     return (Quantity("finite differences", error, None, limit, error <= limit),)
+
+
+def _slope(setting: _Setting, theta: Tensor) -> tuple[Quantity, ...]:
+    """Nothing for "detached", whose slope is that of the cosine."""
+    if setting.target_gradient == "detached":
+        return ()
+    error, angle = slope_error(setting.margin, theta)
+    limit = policy.FINITE_DIFFERENCES
+    return (Quantity("margin's slope", error, None, limit, error <= limit, angle=angle),)

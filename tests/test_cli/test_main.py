@@ -126,7 +126,8 @@ def test_a_right_margin_passes_and_so_says_its_json(
         16,
     )
     assert (found["setting"]["scale"], found["setting"]["seed"]) == (30, 3)
-    assert [one["kind"] for one in found["batches"]] == ["random", "near_centre", "opposite", "learnt"]
+    kinds = ["random", "near_centre", "opposite", "learnt", "spread"]
+    assert [one["kind"] for one in found["batches"]] == kinds
     assert found["machine"]["versions"]["torch"]
 
 
@@ -139,7 +140,8 @@ def test_a_margin_that_is_wrong_fails_with_exit_code_1() -> None:
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "FAILED random: finite differences" in done.stdout
-    assert done.stdout.count("FAILED") == 2  # in the table, and in words
+    assert "FAILED random: margin's slope" in done.stdout
+    assert done.stdout.count("FAILED") == 4  # both in the table, and in words
 
 
 @pytest.mark.skipif(triton.interpreted(), reason="this process has it")

@@ -27,6 +27,15 @@ def test_the_target_angles_are_those_promised(kind: str) -> None:
     assert float(theta[0]) == ANGLES[kind][0] or kind == "learnt"  # exactly on the axis
 
 
+def test_spread_angles_lie_at_even_distances_over_the_half_turn() -> None:
+    x, w, y = batch("spread", 15, 41, 32, seed=1)
+    theta = reference.pair_angle(x, w[y])
+    assert 0 < float(theta[0]) < math.pi / 15
+    expected = theta[0] + math.pi / 15 * torch.arange(15, dtype=torch.float64)
+    assert torch.allclose(theta, expected, rtol=0, atol=STORED_ANGLE)
+    assert float(theta[-1]) < math.pi
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_are_float32_ones_and_the_same_for_a_seed(kind: str) -> None:
     one, again, other = (batch(kind, 9, 11, 8, seed=seed) for seed in (4, 4, 5))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from expface_kernels import ArcFace, ExpFace, margin_cross_entropy
+from expface_kernels import ArcFace, ExpFace, SphereFace, margin_cross_entropy
 from expface_kernels.margins import MarginFunction
 from expface_kernels.testing import KINDS, GradientReport, assert_gradients, check_gradients, policy
+from expface_kernels.testing.gradients import DEFAULT_KINDS
 from tests.cases import MARGINS
 from tests.test_cli.own_margins import WrongSlope
 from tests.tolerances import WORST_DEGREES, WORST_NEAR
@@ -65,7 +66,7 @@ def test_what_is_reported() -> None:
     report = check_gradients(ArcFace(0.4), target_gradient="detached", seed=3, **SMALL)
     assert report.setting["margin"] == "ArcFace(m=0.4, boundary='none')"
     assert report.setting["backend"] == "cpu"
-    assert [one.kind for one in report.batches] == ["random", "near_centre", "opposite", "learnt"]
+    assert [one.kind for one in report.batches] == ["random", "near_centre", "opposite", "learnt", "spread"]
     angles = {}
     for one in report.batches:
         quantities = {q.name: q for q in one.quantities}
@@ -161,7 +162,7 @@ def _no_dx_of_row_one(x: Tensor, w: Tensor, *others: Any, **options: Any) -> Ten
 )
 def test_a_fault_is_found_in_what_it_spoils_and_nowhere_else(function: Any, expected: set[str]) -> None:
     found = _failed(check_gradients(function=function, **SMALL))
-    for kind in ("random", "near_centre", "opposite", "learnt"):
+    for kind in DEFAULT_KINDS:
         assert {name for of, name in found if of == kind} == expected, kind
 
 
@@ -190,13 +191,74 @@ def test_the_worst_row_is_named_with_its_angle() -> None:
 def test_a_margin_with_a_wrong_slope_is_found_by_differences_alone() -> None:
     """Truth and eager run the same margin, and are wrong with it."""
     found = _failed(check_gradients(WrongSlope(0.99), **SMALL))
-    assert found == {(kind, "finite differences") for kind in ("random", "near_centre", "opposite", "learnt")}
+    assert found == {
+        (kind, what) for kind in DEFAULT_KINDS for what in ("finite differences", "margin's slope")
+    }
     assert not _failed(check_gradients(WrongSlope(0.99), target_gradient="detached", **SMALL))
 
 
 def test_a_margin_that_detaches_its_own_angle_is_not_exact() -> None:
     found = _failed(check_gradients(lambda theta: ExpFace()(theta.detach()), kinds=["random"], **SMALL))
-    assert found == {("random", "finite differences")}
+    assert found == {("random", "finite differences"), ("random", "margin's slope")}
+
+
+class _WrongBetween(torch.autograd.Function):
+    """cos θ with −5 times its slope in some range, radians."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(theta)
+        ctx.range = (low, high)
+        return torch.cos(theta)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (theta,) = ctx.saved_tensors
+        low, high = ctx.range
+        wrong = (theta > low) & (theta < high)
+        return torch.where(wrong, -5.0, 1.0) * -torch.sin(theta) * g, None, None
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.7, 1.2), (2.0, 3.0), (1e-3, 0.01), (1.2, 1.205), (3.13, 3.14)])
+def test_a_slope_that_is_wrong_between_the_angles_of_the_batches_is_found(low: float, high: float) -> None:
+    def margin(theta: Tensor) -> Tensor:
+        psi: Tensor = _WrongBetween.apply(theta, low, high)
+        return psi
+
+    report = check_gradients(margin, **SMALL)
+    for kind in DEFAULT_KINDS:
+        assert (kind, "margin's slope") in _failed(report)
+    worst = [q.angle for one in report.batches for q in one.quantities if q.name == "margin's slope"]
+    assert all(low < (angle or 0.0) < high for angle in worst)
+    assert any(
+        line.startswith("near_centre: margin's slope") and line.endswith(" degrees)")
+        for line in report.failures()
+    )
+
+
+def _bent(theta: Tensor) -> Tensor:
+    return torch.cos(theta) - 0.2 * (theta - 1.0).clamp_min(0)
+
+
+def _jumping(theta: Tensor) -> Tensor:
+    return torch.where(theta < 2.0, torch.cos(theta), torch.cos(theta) - 0.5 * theta)
+
+
+@pytest.mark.parametrize("target_gradient", ["exact", "detached"])
+@pytest.mark.parametrize(
+    "margin",
+    [_bent, _jumping, ArcFace(0.8, boundary="easy"), ArcFace(0.8, boundary="monotonic"), SphereFace(4.0)],
+)
+def test_a_margin_that_bends_or_jumps_passes(margin: MarginFunction, target_gradient: str) -> None:
+    """So many rows that some stand closer to it than their steps are long."""
+    options = {"rows": 4001, "classes": 5, "features": 4, "target_gradient": target_gradient}
+    assert_gradients(margin, kinds=["random", "spread"], **options)
+
+
+@pytest.mark.parametrize("target_gradient", ["exact", "detached"])
+@pytest.mark.parametrize("margin", MARGINS, ids=repr)
+def test_every_margin_passes_as_asked_by_default(margin: MarginFunction, target_gradient: str) -> None:
+    assert_gradients(margin, target_gradient=target_gradient, **SMALL)
 
 
 def test_a_margin_with_a_parameter_a_row_passes() -> None:
