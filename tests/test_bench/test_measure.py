@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import measure, spin
 from bench.cases import Case
@@ -46,6 +47,37 @@ def test_touch_reads_each_page_of_a_gradient_of_any_layout() -> None:
     gradient[:, 0] = 1
     assert touch(gradient) == 5
     assert touch(torch.ones(elements, 2).T) == 2
+
+
+class Copies(TorchDispatchMode):
+    """Collects the elements of every tensor that an operator writes outside of `of`'s memory."""
+
+    def __init__(self, of: Tensor) -> None:
+        super().__init__()
+        self.memory, self.elements = of.untyped_storage().data_ptr(), list[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() != self.memory:
+            self.elements.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("gradient", "total"),
+    [
+        (torch.ones(6, 1024), 6),
+        (torch.ones(6, 1024).T, 6),
+        (torch.ones(6, 2048)[:, :1024], 6),
+        (torch.ones(6, 2048)[:, :1024].T, 6),
+        (torch.ones(6, 1024, dtype=torch.bfloat16), 3),
+    ],
+    ids=["contiguous", "transposed", "with room between rows", "that transposed", "16 bit"],
+)
+def test_touch_copies_nothing_whatever_the_layout(gradient: Tensor, total: float) -> None:
+    with Copies(gradient) as copies:
+        assert touch(gradient) == total
+    assert copies.elements == [1]  # the sum
 
 
 def test_a_run_interleaves_drops_gradients_and_has_no_garbage_collection() -> None:
