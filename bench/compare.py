@@ -1,4 +1,4 @@
-"""Two result files of the same kind against one another: what got slower, larger or went missing."""
+"""Two result files of the same kind against one another: what got slower, larger, fails or went missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.sweep_result import Sweep
 THRESHOLD = 0.1
 # Smaller changes of memory are pages and buffers that libraries take now and then.
 LEAST_BYTES = 4e6
-SAME_MACHINE = ("cpu", "cores", "torch_threads", "torch")
+SAME_MACHINE = ("cpu", "cores", "instruction_set", "torch_threads", "torch")
 
 Key = tuple[str, str, Case]
 """("seconds" or "bytes", peer, case)"""
@@ -33,21 +33,27 @@ class Change:
     before: float
     after: float | None
     worse: bool
+    error: str | None = None
+    """What was raised where the number was to be."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     changes: tuple[Change, ...]
     failed: tuple[str, ...]
-    """Peers whose answer was right before and is wrong now."""
+    """Of each peer that was right or measured before and does not pass the gate now, one line."""
     warnings: tuple[str, ...]
     threshold: float
 
     @property
     def regressions(self) -> list[str]:
         """One line each."""
-        worse = [f"{c.peer}, {c.what}, {describe_case(c.case)}" for c in self.changes if c.worse]
-        return [*(f"{peer}: its answer is wrong now" for peer in self.failed), *worse]
+        worse = [
+            f"{c.peer}, {c.what}, {describe_case(c.case)}" + (f": {c.error}" if c.error else "")
+            for c in self.changes
+            if c.worse
+        ]
+        return [*self.failed, *worse]
 
 
 def load(path: Path) -> Result | Sweep:
@@ -71,23 +77,35 @@ def compare(before: Result | Sweep, after: Result | Sweep, threshold: float) -> 
     """ValueError for results of two kinds, or without a common number."""
     if type(before) is not type(after):
         raise ValueError("schema: expected two files of one kind, got a single case and a sweep")
-    old, new = _numbers(before), _numbers(after)
-    if not old.keys() & new.keys():
+    old, new, errors = _numbers(before), _numbers(after), _errors(after)
+    failed = _failed(before, after)
+    if not failed and not old.keys() & (new.keys() | errors.keys()):
         raise ValueError("the files have no peer and case in common")
     changes = tuple(
         Change(*key, value, new.get(key), _worse(key, value, new.get(key), threshold))
+        if key not in errors
+        else Change(*key, value, None, True, errors[key])
         for key, value in old.items()
     )
-    right = {(gate.peer, gate.dtype, gate.backward) for gate in before.gates if gate.passed}
-    failed = [g.peer for g in after.gates if not g.passed and (g.peer, g.dtype, g.backward) in right]
-    return Comparison(changes, tuple(dict.fromkeys(failed)), _warnings(before, after), threshold)
+    return Comparison(changes, failed, _warnings(before, after), threshold)
 
 
 def _worse(key: Key, before: float, after: float | None, threshold: float) -> bool:
     if after is None:
-        return False  # shown as missing: other peers or shapes were asked for, or there was less time
+        return False  # shown as missing: other peers or shapes were asked for, or it could not be tried
     slack = LEAST_BYTES if key[0] == "bytes" else 0.0
     return after > before * (1 + threshold) + slack
+
+
+def _failed(before: Result | Sweep, after: Result | Sweep) -> tuple[str, ...]:
+    right = {(gate.peer, gate.dtype, gate.backward) for gate in before.gates if gate.passed}
+    right |= {(peer, case.dtype, case.backward) for _, peer, case in _numbers(before)}
+    lines = [
+        f"{g.peer}: its answer is wrong now" if g.errors else f"{g.peer}: {g.reason}"
+        for g in after.gates
+        if not g.passed and (g.peer, g.dtype, g.backward) in right
+    ]
+    return tuple(dict.fromkeys(lines))
 
 
 def _numbers(result: Result | Sweep) -> dict[Key, float]:
@@ -109,18 +127,36 @@ def _numbers(result: Result | Sweep) -> dict[Key, float]:
     return found
 
 
+def _errors(result: Result | Sweep) -> dict[Key, str]:
+    """What was raised in place of a number. What was not tried, for a reason, is not here."""
+    if isinstance(result, Sweep):
+        return {
+            (what, point.peer, point.case): point.error
+            for point in result.points
+            if point.error is not None
+            for what, number in (("seconds", point.median), ("bytes", point.extra_bytes))
+            if number is None
+        }
+    return {("bytes", e.peer, e.case): e.error for e in result.memory if e.error is not None}
+
+
 def _warnings(before: Result | Sweep, after: Result | Sweep) -> tuple[str, ...]:
     """What makes the seconds of two files hard to compare."""
-    first, second = _described(before.machine), _described(after.machine)
+    first, second = _conditions(before), _conditions(after)
     different = [
         f"{name} {first[name]} against {second[name]}" for name in first if first[name] != second[name]
     ]
-    return (f"two machines: {', '.join(different)}",) if different else ()
+    return (f"measured under other conditions: {', '.join(different)}",) if different else ()
 
 
-def _described(machine: dict[str, Any]) -> dict[str, Any]:
-    gpu = machine.get("gpu") or {}
-    return {**{name: machine.get(name) for name in SAME_MACHINE}, "card": gpu.get("card")}
+def _conditions(result: Result | Sweep) -> dict[str, Any]:
+    gpu = result.machine.get("gpu") or {}
+    spin = isinstance(result, Result) and result.spin
+    return {
+        **{name: result.machine.get(name) for name in SAME_MACHINE},
+        "card": gpu.get("card"),
+        "spin": spin,
+    }
 
 
 def print_comparison(comparison: Comparison, out: Output) -> None:
@@ -130,7 +166,8 @@ def print_comparison(comparison: Comparison, out: Output) -> None:
     rows = []
     for change in sorted(comparison.changes, key=_growth, reverse=True):
         scale, unit = (1e-6, "MB") if change.what == "bytes" else (1.0, "s")
-        after = "missing" if change.after is None else f"{change.after * scale:.4g} {unit}"
+        missing = "missing" if change.error is None else "FAILED"
+        after = missing if change.after is None else f"{change.after * scale:.4g} {unit}"
         grown = NONE if change.after is None or not change.before else f"{_growth(change) - 1:+.1%}"
         worse = "WORSE" if change.worse else ""
         of = describe_case(change.case) + ("" if change.case.backward else ", forward alone")
@@ -139,7 +176,8 @@ def print_comparison(comparison: Comparison, out: Output) -> None:
         "From the first file to the second",
         ["head and case", "before", "after", "change", ""],
         rows,
-        f"worse: more than {comparison.threshold:.0%} slower, or as much larger and {LEAST_BYTES / 1e6:g} MB",
+        f"worse: failed, more than {comparison.threshold:.0%} slower, or as much larger and "
+        f"{LEAST_BYTES / 1e6:g} MB",
     )
     for line in comparison.regressions:
         out.line(f"REGRESSION: {line}")

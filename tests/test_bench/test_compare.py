@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.result import Result
+from bench.result import Gate, Result
 from bench.sweep_result import Sweep
 from tests.test_bench.made_up import made_up
 from tests.test_bench.test_result import RESULT
@@ -82,10 +82,86 @@ def test_what_is_missing_is_shown_and_no_regression(
     assert "missing" in capsys.readouterr().out
 
 
-def test_two_machines_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = dataclasses.replace(SWEEP, machine=SWEEP.machine | {"cpu": "Another"})
+def _without_numbers(sweep: Sweep, peer: str, **why: str) -> Sweep:
+    """The peer's points with a reason or an error in place of seconds and bytes."""
+    return dataclasses.replace(
+        sweep,
+        points=tuple(
+            dataclasses.replace(p, seconds=(), extra_bytes=None, **why) if p.peer == peer else p
+            for p in sweep.points
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("why", "code"),
+    [
+        ({"error": "RuntimeError: out of order"}, 1),
+        ({"reason": "it is not installed"}, 0),
+        ({"reason": "needs about 33.3 GB"}, 0),
+        ({"reason": "no time was left"}, 0),
+    ],
+)
+def test_an_error_where_a_number_was_is_a_regression_and_a_reason_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], why: dict[str, str], code: int
+) -> None:
+    before = _written(tmp_path, "a.json", SWEEP)
+    after = _written(tmp_path, "b.json", _without_numbers(SWEEP, "eager", **why))
+    assert main(["compare", before, after]) == code
+    out = capsys.readouterr().out
+    assert ("FAILED" if code else "missing") in out
+    lines = [line for line in out.splitlines() if line.startswith("REGRESSION")]
+    assert bool(lines) == bool(code)
+    assert all(line.startswith("REGRESSION: eager, ") and why["error"] in line for line in lines)
+
+
+def test_an_error_where_nothing_was_before_is_no_regression(tmp_path: Path) -> None:
+    before = _without_numbers(SWEEP, "eager", reason="needs about 33.3 GB")
+    after = _without_numbers(SWEEP, "eager", error="RuntimeError: out of order")
+    assert main(["compare", _written(tmp_path, "a.json", before), _written(tmp_path, "b.json", after)]) == 0
+
+
+def test_when_all_that_was_measured_fails_it_is_a_regression_and_no_bad_input(tmp_path: Path) -> None:
+    alone = dataclasses.replace(SWEEP, points=tuple(p for p in SWEEP.points if p.peer == "ours"))
+    after = _without_numbers(alone, "ours", error="RuntimeError: out of order")
+    assert main(["compare", _written(tmp_path, "a.json", alone), _written(tmp_path, "b.json", after)]) == 1
+
+
+def test_memory_that_fails_now_is_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failed = dataclasses.replace(RESULT.memory[0], extra_bytes=None, error="killed by signal 9")
+    after = dataclasses.replace(RESULT, memory=(failed, *RESULT.memory[1:]))
+    assert main(["compare", _written(tmp_path, "a.json", RESULT), _written(tmp_path, "b.json", after)]) == 1
+    assert "killed by signal 9" in capsys.readouterr().out
+
+
+def test_a_failed_gate_where_a_number_was_is_a_regression(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = Gate("eager", "eager head", (), 2e-5, False, "RuntimeError: out of order")
+    after = _without_numbers(SWEEP, "eager", reason="it did not pass the gate")
+    after = dataclasses.replace(after, gates=(*SWEEP.gates, gate))
+    assert main(["compare", _written(tmp_path, "a.json", SWEEP), _written(tmp_path, "b.json", after)]) == 1
+    assert "REGRESSION: eager: RuntimeError: out of order" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("field", "first", "second"),
+    [("cpu", "A processor", "Another"), ("instruction_set", "x86-64-v3", "x86-64-v4")],
+)
+def test_other_conditions_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str, first: str, second: str
+) -> None:
+    other = dataclasses.replace(SWEEP, machine=SWEEP.machine | {field: second})
     assert main(["compare", _written(tmp_path, "a.json", SWEEP), _written(tmp_path, "b.json", other)]) == 0
-    assert "two machines: cpu A processor against Another" in capsys.readouterr().out
+    line = f"measured under other conditions: {field} {first} against {second}"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_core_shared_in_one_of_them_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = dataclasses.replace(RESULT, spin=False)
+    assert main(["compare", _written(tmp_path, "a.json", RESULT), _written(tmp_path, "b.json", alone)]) == 0
+    line = "measured under other conditions: spin True against False"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize(
