@@ -9,12 +9,18 @@ from torch import Tensor
 
 from bench import peers
 from bench.cases import Case, Inputs
-from bench.peers.base import Peer, terms
+from bench.peers.base import Peer, Step, terms
+from bench.peers.ours import Ours
 from bench.result import Gate
 from expface_kernels import reference
 from tests.tolerances import CAPS, ROUNDED_COSINES, relative_error
 
 GATE_ROWS, GATE_CLASSES = 64, 2000
+# More classes than two tiles of ours at GATE_ROWS rows (expface_kernels.backends.cpu.TILE_CLASSES), of few
+# features, on which no tile depends much.
+TILED_CLASSES, TILED_FEATURES = 80_000, 64
+# Of a head that samples the classes: its sample has to have several tiles as well.
+TILED_SAMPLE_RATE = 0.9
 REASON_LENGTH = 300  # characters
 ROUNDED = "ok, for cosines of 16 bits"
 
@@ -22,6 +28,14 @@ ROUNDED = "ok, for cosines of 16 bits"
 def gate_case(case: Case) -> Case:
     """The case at a size whose truth takes a moment."""
     return case.at_most(GATE_ROWS, GATE_CLASSES)
+
+
+def tiled_case(case: Case) -> Case | None:
+    """The case where ours walks several tiles; None where it has no more classes than `gate_case`."""
+    if case.classes <= GATE_CLASSES:
+        return None
+    small = case.at_most(GATE_ROWS, TILED_CLASSES)
+    return dataclasses.replace(small, features=min(case.features, TILED_FEATURES))
 
 
 def truth(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,33 +63,72 @@ def in_terms_of(name: str, inputs: Inputs) -> Inputs:
     return inputs.of(terms(peers.get(name), inputs.case))
 
 
+class Truths:
+    """Inputs of a case, in a peer's terms, and their truth, once for all peers of the same terms."""
+
+    def __init__(self, case: Case) -> None:
+        self._inputs = case.inputs()
+        self._known: dict[Case, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def of(self, name: str, least_rate: float = 0.0) -> tuple[Inputs, tuple[Tensor, Tensor, Tensor]]:
+        """A peer that samples takes no less than this share of the classes."""
+        own = in_terms_of(name, self._inputs)
+        own = own.of(dataclasses.replace(own.case, sample_rate=max(own.case.sample_rate, least_rate)))
+        if own.case not in self._known:
+            self._known[own.case] = truth(own)
+        return own, self._known[own.case]
+
+
 def check_all(
-    names: Sequence[str], case: Case, advance: Callable[[], None] = lambda: None
+    names: Sequence[str],
+    case: Case,
+    advance: Callable[[], None] = lambda: None,
+    *,
+    tiled: Case | None = None,
 ) -> tuple[Gate, ...]:
-    """Each peer against truth in its own terms, at the case's size."""
-    inputs = case.inputs()
-    truths: dict[Case, tuple[Tensor, Tensor, Tensor]] = {}
+    """Each peer against truth in its own terms, at the case's size; ours at that of `tiled` too.
+
+    There ours keeps a part of its exponentials at most, so that tiles which are kept and others are met.
+    """
+    small = Truths(case)
+    large = None if tiled is None else Truths(tiled)
     gates = []
     for name in names:
-        own = in_terms_of(name, inputs)
-        if own.case not in truths:
-            truths[own.case] = truth(own)
-        gates.append(check(name, own, truths[own.case]))
+        gate, peer = check(name, *small.of(name)), peers.get(name)
+        if large is not None and gate.passed and isinstance(peer, Ours):
+            again = check(name, *large.of(name, TILED_SAMPLE_RATE), peer.partly_kept_step)
+            gate = _worse(gate, again)
+        gates.append(gate)
         advance()
     return tuple(gates)
 
 
-def check(name: str, inputs: Inputs, wanted: tuple[Tensor, ...]) -> Gate:
+def _worse(gate: Gate, tiled: Gate) -> Gate:
+    """Of a peer that has passed at the first size: each error the larger of both, the second's verdict."""
+    if not tiled.passed:
+        return dataclasses.replace(
+            gate, errors=tiled.errors, passed=False, reason=f"{tiled.reason}, over several tiles"
+        )
+    errors = tuple(map(max, gate.errors, tiled.errors))
+    return dataclasses.replace(gate, errors=errors, note=gate.note or tiled.note)
+
+
+def check(
+    name: str,
+    inputs: Inputs,
+    wanted: tuple[Tensor, ...],
+    step_of: Callable[[Inputs], Step] | None = None,
+) -> Gate:
     """The peer's errors, |difference| / |truth|; it passes within its limit.
 
-    Of a forward alone only the loss is compared.
+    Of a forward alone only the loss is compared. `step_of` makes its step, where that is not `peer.step`.
     """
     case, peer = inputs.case, peers.get(name)
     limit = limit_of(peer, case)
     gate = Gate(name, peer.label(case), (), limit, False, None, case.backward, case.dtype)
     inputs.drop_gradients()
     try:
-        loss = peer.step(inputs)()
+        loss = (step_of or peer.step)(inputs)()
     except Exception as error:  # a peer that raises has failed, whatever it raised
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_LENGTH]
         return dataclasses.replace(gate, reason=reason)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bench import machine, memory, peers
 from bench.cases import Case
-from bench.gate import check_all, gate_case, in_terms_of
+from bench.gate import check_all, gate_case, in_terms_of, tiled_case
 from bench.measure import WARM_UPS, run_step, time_run
 from bench.peers.base import terms
 from bench.result import Memory, Result
@@ -40,7 +40,7 @@ def run(plan: Plan, progress: Progress) -> Result:
     described = machine.describe(plan.case.device)
     small = gate_case(plan.case)
     able = [name for name in plan.every_peer if _why_not(name, small) is None]
-    gates = check_all(able, small, _task(progress, "gate", len(able)))
+    gates = check_all(able, small, _task(progress, "gate", len(able)), tiled=tiled_case(plan.case))
     reasons = {name: _why_not(name, plan.case) for name in plan.peers}
     right = [gate.peer for gate in gates if gate.passed and reasons.get(gate.peer, "") is None]
     return Result(

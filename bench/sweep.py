@@ -16,7 +16,7 @@ import torch
 from bench import machine, memory, peers
 from bench.budget import CLOCK, Budget, Clock, Costs
 from bench.cases import Case, Inputs
-from bench.gate import check_all, gate_case
+from bench.gate import check_all, gate_case, tiled_case
 from bench.measure import Step, run_step, time_run
 from bench.peers.base import memory_reason, terms
 from bench.peers.ours import Ours
@@ -106,8 +106,11 @@ class Run:
         )
 
     def _gate(self) -> None:
-        # One small case for each dtype of the inputs.
+        # One small case for each dtype of the inputs, and the one with most classes.
         cases: dict[str, Case] = {}
+        largest: dict[str, Case] = {}
+        for stop in sorted(self.plan.stops, key=lambda stop: stop.case.classes, reverse=True):
+            largest.setdefault(stop.case.dtype, stop.case)
         for stop in self.plan.stops:
             cases.setdefault(stop.case.dtype, gate_case(stop.case))
         advance = self.progress.task("gate", len(self.plan.peers) * len(cases) * len(self.plan.directions))
@@ -119,7 +122,8 @@ class Run:
             ]
             for backward in self.plan.directions:
                 small = dataclasses.replace(case, backward=backward)
-                self.gates += check_all(able, small, lambda: advance(1))
+                tiled = tiled_case(dataclasses.replace(largest[case.dtype], backward=backward))
+                self.gates += check_all(able, small, lambda: advance(1), tiled=tiled)
                 advance(len(self.plan.peers) - len(able))
 
     def _stops(self) -> None:

@@ -47,6 +47,15 @@ class Ours(Peer):
         return 0 if case.device == "cuda" else self.extra_bytes(case) + case.gradient_bytes
 
     def step(self, inputs: Inputs) -> Step:
+        return self._step(inputs, self.workspace_bytes)
+
+    def partly_kept_step(self, inputs: Inputs) -> Step:
+        """The step where the workspace holds no more than half of the exponentials."""
+        case = inputs.case
+        itemsize = case.product_dtype.itemsize if case.device == "cuda" else max(case.itemsize, 4)
+        return self._step(inputs, min(self.workspace_bytes, case.rows * case.taking_part * itemsize // 2))
+
+    def _step(self, inputs: Inputs, workspace_bytes: int) -> Step:
         case, margin, subset = inputs.case, inputs.case.margin_function(), inputs.subset()
 
         def forward() -> Tensor:
@@ -58,7 +67,7 @@ class Ours(Peer):
                 scale=case.scale,
                 target_gradient=case.target_gradient,
                 class_subset=subset,
-                workspace_bytes=self.workspace_bytes,
+                workspace_bytes=workspace_bytes,
             )
             assert isinstance(loss, Tensor)
             return loss

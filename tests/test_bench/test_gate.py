@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from bench import peers, plans
 from bench.cases import DEFAULT, Case
-from bench.gate import ROUNDED, check, check_all, gate_case, limit_of, truth
+from bench.gate import ROUNDED, check, check_all, gate_case, limit_of, tiled_case, truth
+from expface_kernels.backends import cpu
 from expface_kernels.margin_spec import MARGINS
 from tests.test_bench import strange_peers
 from tests.tolerances import CAPS, ROUNDED_COSINES
@@ -81,3 +83,50 @@ def test_ours_and_float32_have_no_more_room_than_the_policy_gives() -> None:
     assert limit_of(peers.get("eager"), half) == ROUNDED_COSINES
     for name in ("ours", "eager", "partial_fc"):
         assert limit_of(peers.get(name), CASE) == CAPS[torch.float32]
+
+
+@pytest.fixture
+def plans_made(monkeypatch: pytest.MonkeyPatch) -> list[cpu.TilePlan]:
+    """Every plan of tiles that the cpu backend makes."""
+    made: list[cpu.TilePlan] = []
+    make = cpu.TilePlan.of
+
+    def recorded(*arguments: Any) -> cpu.TilePlan:
+        made.append(make(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(cpu.TilePlan, "of", recorded)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("ours", True), ("ours_sampled", True), ("ours@0", False), ("ours@99000000", True)]
+)
+def test_ours_is_gated_over_several_tiles_some_of_them_kept(
+    name: str, kept: bool, plans_made: list[cpu.TilePlan]
+) -> None:
+    (gate,) = check_all([name], gate_case(DEFAULT), tiled=tiled_case(DEFAULT))
+    assert gate.passed, gate
+    assert gate.limit == CAPS[torch.float32]
+    one, several = plans_made[0], plans_made[-1]
+    assert len(list(one.tiles())) == 1
+    assert len(list(several.tiles())) >= 3
+    assert (0 < several.kept_tiles < len(list(several.tiles()))) == kept
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_what_is_wrong_in_a_later_tile_only_does_not_pass(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = cpu.TilePlan.tiles
+    monkeypatch.setattr(cpu.TilePlan, "tiles", lambda plan: list(tiles(plan))[:2])
+    case = dataclasses.replace(DEFAULT, backward=backward)
+    assert check_all(["ours"], gate_case(case))[0].passed
+    gate, eager = check_all(["ours", "eager"], gate_case(case), tiled=tiled_case(case))
+    assert not gate.passed
+    assert gate.reason == "its answer is wrong, over several tiles"
+    assert eager.passed
+
+
+def test_a_case_of_few_classes_has_no_gate_of_several_tiles() -> None:
+    assert tiled_case(CASE) is None

@@ -69,7 +69,9 @@ class Sweeper:
         self.peers[name] = Timed(name, self.clock, per_flop, once)
         return self.peers[name]
 
-    def _gates(self, names: list[str], case: Case, advance: Callable[[], None]) -> tuple[sweep.Gate, ...]:
+    def _gates(
+        self, names: list[str], case: Case, advance: Callable[[], None], *, tiled: Case | None
+    ) -> tuple[sweep.Gate, ...]:
         return tuple(
             sweep.Gate(name, name, (), 1e-5, name != "wrong", None, case.backward, case.dtype)
             for name in names
@@ -263,8 +265,10 @@ def test_a_shape_in_two_dtypes_is_two_shapes(sweeper: Sweeper, monkeypatch: pyte
     sweeper.add("b", 2 * PER_FLOP)
     gates = sweeper._gates
 
-    def only_in_float32(names: list[str], case: Case, advance: Callable[[], None]) -> tuple[sweep.Gate, ...]:
-        found = gates(names, case, advance)
+    def only_in_float32(
+        names: list[str], case: Case, advance: Callable[[], None], *, tiled: Case | None
+    ) -> tuple[sweep.Gate, ...]:
+        found = gates(names, case, advance, tiled=tiled)
         return tuple(dataclasses.replace(g, passed=(g.peer, g.dtype) != ("b", "bfloat16")) for g in found)
 
     monkeypatch.setattr(sweep, "check_all", only_in_float32)
