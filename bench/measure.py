@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,9 +42,12 @@ def quietest_run(runs: Sequence[dict[str, list[float]]]) -> int:
 
 
 def turn(names: Sequence[str], round_: int) -> list[str]:
-    """The names in the order of this round: each goes first equally often."""
-    start = round_ % len(names)
-    return [*names[start:], *names[:start]]
+    """The names in the order of this round: shuffled, in the same way on every run, and then backwards.
+
+    So that over two rounds all have the same mean place, and nobody always finds the same peer's caches.
+    """
+    order = random.Random(str(round_ // 2)).sample(list(names), len(names))
+    return order[::-1] if round_ % 2 else order
 
 
 def touch(gradient: Tensor) -> float:
@@ -59,10 +63,12 @@ def touch(gradient: Tensor) -> float:
 
 
 def timed_step(step: Step, inputs: Inputs, clock: Clock = CLOCK) -> float:
-    """Seconds to drop the last gradients, go through the step and have loss and gradients.
+    """Seconds to go through the step and have loss and gradients; the last peer's are dropped before.
 
     Wall clock, on a GPU too, which is idle before and has finished after it: launching is part of a step.
     """
+    inputs.drop_gradients()
+    cuda.synchronise(inputs.case.device)
     start = clock()
     run_step(step, inputs)
     return clock() - start

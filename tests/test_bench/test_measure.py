@@ -34,11 +34,46 @@ def test_the_quietest_run_has_the_least_sum_of_medians_whatever_the_ratio() -> N
     assert quietest_run([quiet, noisy]) == 0
 
 
-def test_every_peer_takes_every_turn_equally_often() -> None:
-    names = ["a", "b", "c"]
+def test_every_round_has_all_names_in_an_order_that_is_the_same_on_every_run() -> None:
+    names = ["a", "b", "c", "d"]
+    for round_ in range(9):
+        assert sorted(turn(names, round_)) == names
+        assert turn(names, round_) == turn(names, round_)
+
+
+def test_over_two_rounds_all_have_the_same_mean_place() -> None:
+    names = ["a", "b", "c", "d"]
+    for round_ in range(0, 8, 2):
+        first, second = turn(names, round_), turn(names, round_ + 1)
+        assert {first.index(name) + second.index(name) for name in names} == {3}
+
+
+@pytest.mark.parametrize("count", [3, 6, 12])
+def test_within_nine_rounds_nobody_always_follows_the_same_peer(count: int) -> None:
+    names = [str(i) for i in range(count)]
     orders = [turn(names, round_) for round_ in range(9)]
-    for position in range(3):
-        assert sorted(order[position] for order in orders) == sorted(names * 3)
+    for name in names:
+        before = {order[order.index(name) - 1] for order in orders if order[0] != name}
+        assert len(before) >= min(count - 1, 3)
+
+
+def test_the_last_gradients_are_gone_before_the_clock_starts() -> None:
+    found: list[Tensor | None] = []
+
+    def clock() -> float:
+        found.append(INPUTS.w.grad)
+        return 0.0
+
+    def step() -> Tensor:
+        loss = INPUTS.x.sum() + INPUTS.w.sum()
+        loss.backward()
+        return loss
+
+    INPUTS.x.grad, INPUTS.w.grad = torch.zeros_like(INPUTS.x), torch.zeros_like(INPUTS.w)
+    measure.timed_step(step, INPUTS, clock)
+    before, after = found
+    assert before is None
+    assert after is not None
 
 
 def test_touch_reads_each_page_of_a_gradient_of_any_layout() -> None:
@@ -97,7 +132,7 @@ def test_a_run_interleaves_drops_gradients_and_has_no_garbage_collection() -> No
 
     advanced: list[None] = []
     seconds = time_run({"a": step_of("a"), "b": step_of("b")}, INPUTS, 3, lambda: advanced.append(None))
-    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert order == [name for round_ in range(3) for name in turn(["a", "b"], round_)]
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
     assert len(advanced) == 6
     assert gc.isenabled()
