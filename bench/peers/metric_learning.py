@@ -55,7 +55,6 @@ class MetricLearning(Peer):
         loss.W.data = inputs.w.detach().T.contiguous()
 
         def forward() -> Tensor:
-            loss.W.grad = None
             value: Tensor = loss(inputs.x, inputs.labels)
             return value
 
@@ -64,7 +63,8 @@ class MetricLearning(Peer):
         def step() -> Tensor:
             value = inner()
             if case.backward:
-                inputs.w.grad = loss.W.grad.T
+                # Handed over: kept here too, it would be freed within its next step.
+                inputs.w.grad, loss.W.grad = loss.W.grad.T, None
             return value
 
         return step

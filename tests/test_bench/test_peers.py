@@ -21,6 +21,7 @@ from bench.cases import DEVICES, Case
 from bench.gate import check_all
 from bench.peers import base, liger
 from bench.peers.base import NO_MARGIN, autocast, terms
+from bench.peers.metric_learning import MetricLearning
 from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
 
@@ -125,6 +126,25 @@ def test_the_margin_of_a_library_is_that_of_the_truth(monkeypatch: pytest.Monkey
     monkeypatch.setattr(peer, "margins", ("cosface",))
     (gate,) = check_all(["pml_arcface"], CASE)
     assert not gate.passed
+
+
+def test_a_library_that_owns_its_centres_keeps_no_gradient_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer, made, inputs = peers.get("pml_arcface"), list[Any](), CASE.inputs()
+    assert isinstance(peer, MetricLearning)
+    make = peer._loss
+
+    def recorded(case: Case) -> Any:
+        made.append(make(case))
+        return made[-1]
+
+    monkeypatch.setattr(peer, "_loss", recorded)
+    step = peer.step(inputs)
+    step()
+    first = inputs.w.grad
+    assert made[0].W.grad is None
+    inputs.drop_gradients()
+    step()
+    torch.testing.assert_close(inputs.w.grad, first)
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
