@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
-    if options.json is not None and not options.json.parent.is_dir():
+    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
         parser.error(f"--json: expected a file in a folder that exists, got {options.json}")
     sizes = TOY if options.toy else Sizes()
     reason = wrong(sizes)

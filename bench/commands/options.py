@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -52,10 +53,26 @@ def check_fits(case: Case) -> None:
         )
 
 
-def existing_folder(name: str, path: Path) -> Path:
-    """The path; ValueError where the folder that it shall lie in is not there."""
+def file_to_write(name: str, path: Path) -> Path:
+    """The path; ValueError where no file can be written there."""
+    if path.is_dir():
+        raise ValueError(f"{name}: expected a file, got the directory {path}")
+    return _writable(name, path)
+
+
+def folder_to_write(name: str, path: Path) -> Path:
+    """The path, of a folder that is there or can be made; ValueError where it cannot be written to."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{name}: expected a directory, got the file {path}")
+    return _writable(name, path)
+
+
+def _writable(name: str, path: Path) -> Path:
     if not path.parent.is_dir():
         raise ValueError(f"{name}: there is no directory {path.parent}")
+    existing = path if path.exists() else path.parent
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{name}: {existing} cannot be written")
     return path
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import cuda, peers, show
 from bench.cases import AUTOCASTS, DEFAULT, DEVICES, DTYPES, MEMORY, MEMORY_CLASSES, TOY, Case
-from bench.commands.options import Parser, add_peers, at_least, check_fits, existing_folder
+from bench.commands.options import Parser, add_peers, at_least, check_fits, file_to_write
 from bench.peers.base import terms
 from bench.report import print_report
 from bench.run import Plan, run
@@ -159,7 +159,7 @@ def main(argv: Sequence[str]) -> int:
     command = shlex.join(["python", "-m", "bench", *argv])
     try:
         if options.json is not None:
-            existing_folder("json", options.json)
+            file_to_write("json", options.json)
         if options.model is not None:
             _modelled(options, command)
             return 0

@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import cuda, plans, plots, show
-from bench.commands.options import Parser, add_peers, at_least, check_fits, checked_peers, existing_folder
+from bench.commands.options import (
+    Parser,
+    add_peers,
+    at_least,
+    check_fits,
+    checked_peers,
+    file_to_write,
+    folder_to_write,
+)
 from bench.plans import Preset
 from bench.sweep import Plan, Run
 from bench.sweep_report import print_sweep
@@ -97,9 +105,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         preset = preset_of(options)
         if options.json is not None:
-            existing_folder("json", options.json)
+            file_to_write("json", options.json)
         if options.plots is not None:
-            existing_folder("plots", options.plots)
+            folder_to_write("plots", options.plots)
             if (reason := plots.unavailable()) is not None:
                 raise ValueError(f"plots: {reason}")
         plan = plans.plan(preset, preset.peers, shlex.join(["python", "-m", "bench", "sweep", *argv]))
@@ -122,7 +130,7 @@ def gpu_main(argv: Sequence[str]) -> int:
             raise ValueError(reason)
         preset = _changed(plans.GPU, options)
         path = options.json or RESULTS / f"gpu-{slug(cuda.describe()['card'])}.json"
-        existing_folder("json", path)
+        file_to_write("json", path)
         plan = plans.gpu_plan(preset, preset.peers, shlex.join(["python", "-m", "bench", "gpu", *argv]))
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)

@@ -54,6 +54,7 @@ def _main(*argv: str) -> int:
         (["--dtype", "int8"], "dtype"),
         (["--autocast", "float32"], "autocast"),
         (["--json", "no/such/directory/x.json"], "no/such/directory"),
+        (["--json", "."], "json: expected a file, got the directory ."),
         (["--unknown"], "unknown"),
     ],
 )
@@ -90,7 +91,9 @@ def test_without_a_gpu_cuda_is_one_line_and_exit_code_2(
         (["--margin", "none"], "margin"),
         (["--quick"], "not allowed with"),
         (["--json", "no/such/directory/x.json"], "no/such/directory"),
+        (["--json", "."], "json: expected a file, got the directory ."),
         (["--plots", "no/such/directory/x"], "no/such/directory"),
+        (["--plots", __file__], "plots: expected a directory, got the file"),
         (["--unknown"], "unknown"),
     ],
 )
@@ -103,6 +106,19 @@ def test_bad_input_of_a_sweep_is_one_line_too(
     assert err.startswith("bench: ")
     assert err.count("\n") == 1
     assert named in err
+
+
+@pytest.mark.parametrize("argv", [[], ["sweep"]], ids=["single", "sweep"])
+def test_what_may_not_be_written_is_told_before_anything_is_measured(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    monkeypatch.setattr("bench.commands.options.os.access", lambda path, mode: False)
+    assert _main(*argv, "--toy", "--json", str(path)) == 2
+    assert capsys.readouterr().err == f"bench: json: {tmp_path} cannot be written\n"
+    path.write_text("")
+    assert _main(*argv, "--toy", "--json", str(path)) == 2
+    assert capsys.readouterr().err == f"bench: json: {path} cannot be written\n"
 
 
 def test_options_of_a_sweep_reach_its_result(tmp_path: Path) -> None:

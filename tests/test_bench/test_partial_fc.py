@@ -57,6 +57,7 @@ def test_a_wrong_step_is_not_timed(
     [
         (["--rounds", "0"], "--rounds"),
         (["--json", "no/such/folder/x.json"], "--json"),
+        (["--json", "."], "--json"),
         (["--sizes"], "sizes"),
     ],
 )
