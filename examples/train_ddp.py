@@ -14,6 +14,7 @@ B rows of this rank in a step · N images · C classes
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         dist.barrier()  # torchrun stops all as soon as one has failed: not before the line is out
     finally:
+        # DDP and DTensor refer to the group in cycles; its threads must end before the process does.
+        gc.collect()
         dist.destroy_process_group()
     return status
 

@@ -49,10 +49,13 @@ class Pace:
         return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
+LEAST_SECONDS = 0.05  # a record has one decimal
+
+
 def measured_rate(store: Store, configuration: Configuration) -> float:
     """Images a second of one core: the median of the runs that are there, else of some steps timed now."""
     rates = [
-        images(run, configuration) / record["seconds"]
+        images(run, configuration) / max(record["seconds"], LEAST_SECONDS)
         for run, record in store.load_all().items()
         if record["failed"] is None
     ]
