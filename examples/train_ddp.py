@@ -283,6 +283,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # The group is gone and all is written. torch 2.13 aborts now and then when a process that had a gloo group
-    # tears its C++ objects down ("terminate called without an active exception"), and torchrun stops the others.
+    # The group is gone and all is written. torch 2.13 aborts now and then when a process that had a gloo
+    # group tears down its C++ objects ("terminate called without an active exception").
     os._exit(status)
