@@ -69,6 +69,8 @@ def load(path: Path) -> Result | Sweep:
         raise ValueError(f"{path}: {error.strerror}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a result of this program: {type(error).__name__} {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -136,7 +136,7 @@ def speed(results: Path) -> str:
     for peer in names:
         timed = peer in result.runs[best]
         ratios = [result.ratio(peer, run) for run in range(len(result.runs))] if timed else []
-        held = memory[peer].extra_bytes if peer in memory else None  # not measured
+        held = memory[peer].extra_bytes if peer in memory else None
         rows.append(
             [
                 OURS.get(peer, labels[peer]) + (f" ({case.target_gradient})" if peer in OURS else ""),

@@ -42,13 +42,23 @@ class Reader(dcp.FileSystemReader):
     """torch's reader, whose index may hold nothing but the types of an index."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / INDEX_FILE, "rb") as file:
-            metadata = _IndexUnpickler(file).load()
+        index = Path(self.path) / INDEX_FILE
+        with open(index, "rb") as file:
+            try:
+                metadata = _IndexUnpickler(file).load()
+            except _ForbiddenType:
+                raise
+            except Exception as error:  # a damaged pickle may raise anything
+                raise ValueError(f"{index}: damaged or truncated: {type(error).__name__}: {error}") from error
         if not isinstance(metadata, Metadata):
             raise ValueError(f"{self.path}: expected Metadata in {INDEX_FILE}, got {type(metadata).__name__}")
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+class _ForbiddenType(pickle.UnpicklingError):
+    """An index names something that no index is made of."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -84,7 +94,7 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"{INDEX_FILE}: expected a checkpoint's index, got {module}.{name}")
+            raise _ForbiddenType(f"{INDEX_FILE}: expected a checkpoint's index, got {module}.{name}")
         return super().find_class(module, name)
 
 

@@ -120,15 +120,19 @@ def _over_subset(
     return n.log_l.detach().cpu(), a.grad.cpu(), b.grad.cpu()
 
 
+def _with_subset(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, w, labels as positions in a subset of the 61 classes, the subset."""
+    x, w, y = batch("mixed", 9, 61, 16)
+    subset = torch.unique(torch.cat([y, torch.tensor([0, 2, 17, 33, 58, 60])]))
+    return x.to(dtype), w.to(dtype), torch.searchsorted(subset, y), subset
+
+
 @pytest.mark.parametrize("workspace_bytes", [0, 2**20])
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16], ids=str)
 def test_a_strided_class_subset_gives_the_same_bits(
     dtype: torch.dtype, workspace_bytes: int, backend: str, small_tiles: int
 ) -> None:
-    x, w, y = batch("mixed", 9, 61, 16)
-    x, w = x.to(dtype), w.to(dtype)
-    subset = torch.unique(torch.cat([y, torch.tensor([0, 2, 17, 33, 58, 60])]))
-    y = torch.searchsorted(subset, y)
+    x, w, y, subset = _with_subset(dtype)
     subset = subset.to(device_of(backend))
     strided = torch.stack([subset, 60 - subset], 1)[:, 0]
     assert not strided.is_contiguous()
@@ -166,10 +170,7 @@ def test_a_subset_of_all_classes_changes_nothing(backend: str) -> None:
 def test_a_sparse_gradient_is_the_subsets_rows_of_the_dense_one(
     dtype: torch.dtype, workspace_bytes: int, backend: str, small_tiles: int
 ) -> None:
-    x, w, y = batch("mixed", 9, 61, 16)
-    x, w = x.to(dtype), w.to(dtype)
-    subset = torch.unique(torch.cat([y, torch.tensor([0, 2, 17, 33, 58, 60])]))
-    positions = torch.searchsorted(subset, y)
+    x, w, positions, subset = _with_subset(dtype)
     positions[2] = -1  # a row whose target is another shard's
     found = {}
     for sparse_grad in (False, True):

@@ -168,7 +168,7 @@ def test_a_core_shared_in_one_of_them_is_one_line(tmp_path: Path, capsys: pytest
     ("text", "named"),
     [
         (None, "No such file"),
-        ("no json", "Expecting value"),
+        ("no json", "not JSON: Expecting value"),
         ("[1]", "expected a JSON object"),
         ("{}", "schema: expected"),
         (json.dumps({"kind": "sweep", "schema": 99}), "schema: expected sweep 1, got sweep 99"),

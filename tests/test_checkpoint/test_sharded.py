@@ -78,7 +78,9 @@ def test_another_dtype_and_another_module(checkpoint: Path) -> None:
         load_sharded(larger, nn.ModuleDict({"head": Head(C)}))
 
 
-@pytest.mark.parametrize("harm", ["missing", "truncated", "no index", "no directory"])
+@pytest.mark.parametrize(
+    "harm", ["missing", "truncated", "no index", "half an index", "no pickle", "no directory"]
+)
 def test_a_damaged_checkpoint(harm: str, checkpoint: Path) -> None:
     (shard,) = checkpoint.glob("*.distcp")
     error: type[Exception] = FileNotFoundError
@@ -91,6 +93,10 @@ def test_a_damaged_checkpoint(harm: str, checkpoint: Path) -> None:
     elif harm == "no index":
         (checkpoint / ".metadata").unlink()
         message = "expected a checkpoint directory, got one without .metadata"
+    elif harm in ("half an index", "no pickle"):
+        index = checkpoint / ".metadata"
+        index.write_bytes(index.read_bytes()[:200] if harm == "half an index" else b"no pickle")
+        error, message = ValueError, f"{index}: damaged or truncated"
     else:
         checkpoint = checkpoint / "deeper"
         message = "deeper: no such directory"
