@@ -106,15 +106,12 @@ class Run:
         )
 
     def _gate(self) -> None:
-        # One small case for each dtype of the inputs, and the one with most classes.
-        cases: dict[str, Case] = {}
-        largest: dict[str, Case] = {}
-        for stop in sorted(self.plan.stops, key=lambda stop: stop.case.classes, reverse=True):
-            largest.setdefault(stop.case.dtype, stop.case)
+        by_dtype: dict[str, list[Case]] = {}
         for stop in self.plan.stops:
-            cases.setdefault(stop.case.dtype, gate_case(stop.case))
-        advance = self.progress.task("gate", len(self.plan.peers) * len(cases) * len(self.plan.directions))
-        for case in cases.values():
+            by_dtype.setdefault(stop.case.dtype, []).append(stop.case)
+        advance = self.progress.task("gate", len(self.plan.peers) * len(by_dtype) * len(self.plan.directions))
+        for cases in by_dtype.values():
+            case, largest = gate_case(cases[0]), max(cases, key=lambda case: case.classes)
             able = [
                 name
                 for name in self.plan.peers
@@ -122,7 +119,7 @@ class Run:
             ]
             for backward in self.plan.directions:
                 small = dataclasses.replace(case, backward=backward)
-                tiled = tiled_case(dataclasses.replace(largest[case.dtype], backward=backward))
+                tiled = tiled_case(dataclasses.replace(largest, backward=backward))
                 self.gates += check_all(able, small, lambda: advance(1), tiled=tiled)
                 advance(len(self.plan.peers) - len(able))
 
