@@ -24,6 +24,7 @@ from bench.sweep_result import Point, Sweep
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
 MAIN, SHARED = "cpu-b256-c100k-d512.json", "cpu-b256-c100k-d512-one-core-shared.json"
+KEPT = "cpu-b256-c100k-d512-memory-kept.json"
 SWEEP, MODEL, DEMO, GPU = "cpu-sweep.json", "model-h100.json", "demo.json", "gpu-*.json"
 SAMPLED = "partial-fc.json"
 PLOTS = "cpu-sweep"
@@ -165,6 +166,24 @@ def speed(results: Path) -> str:
 def _without_json(command: str) -> str:
     """The command as a user types it, who keeps no file."""
     return re.sub(r" --(json|plots) \S+", "", command)
+
+
+def kept(results: Path) -> str:
+    """The peers where malloc keeps what they free: seconds, and how many times as fast ours is."""
+    result = _single(results, KEPT)
+    if result is None or (best := result.best_run) is None:
+        return ""
+    seconds = {peer: result.seconds(peer, best).median for peer in result.runs[best]}
+    labels = {gate.peer: OURS.get(gate.peer, gate.label) for gate in result.gates}
+    parts = []
+    for peer, value in seconds.items():
+        ours = seconds["ours_sampled" if baseline(peer) != BASELINE else "ours"]
+        times = "" if peer.startswith("ours") else f" ({value / ours:.2f} of ours)"
+        parts.append(f"{labels[peer]} {value:.2g} s{times}")
+    return _prose(
+        "Much of the peers' time goes into pages that malloc gives back after a step and asks for anew in the "
+        f"next. Told to keep them (`{_without_json(result.command)}`, {_link(KEPT)}): {'; '.join(parts)}."
+    )
 
 
 def shared(results: Path) -> str:
@@ -327,6 +346,7 @@ def demo(results: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "speed": speed,
+    "kept": kept,
     "shared": shared,
     "memory": memory,
     "sweep": sweep,
