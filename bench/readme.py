@@ -181,8 +181,8 @@ def kept(results: Path) -> str:
         times = "" if peer.startswith("ours") else f" ({value / ours:.2f} of ours)"
         parts.append(f"{labels[peer]} {value:.2g} s{times}")
     return _prose(
-        "Much of the peers' time goes into pages that malloc gives back after a step and asks for anew in the "
-        f"next. Told to keep them (`{_without_json(result.command)}`, {_link(KEPT)}): {'; '.join(parts)}."
+        "Much of the peers' time goes into pages that malloc gives back after a step and asks for anew in "
+        f"the next. Told to keep them (`{_without_json(result.command)}`, {_link(KEPT)}): {'; '.join(parts)}."
     )
 
 

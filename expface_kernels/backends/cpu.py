@@ -311,8 +311,8 @@ class _WeightGradient:
         self.tangent_classes, self.tangents = tangents
         self.scattered_to = None if sparse_grad else class_subset
         self.direct = self.scattered_to is None and w.dtype == dtype
-        # From the pool: the page faults of a fresh 205 MB buffer cost a twentieth of a step over all classes, and
-        # half of one over a tenth of them.
+        # From the pool: the page faults of a fresh 205 MB buffer cost a twentieth of a step over all classes,
+        # and half of one over a tenth of them.
         classes = w.shape[0] if class_subset is None or not sparse_grad else class_subset.shape[0]
         self.dw = pool.lend(classes * w.shape[1], w.dtype).view(classes, w.shape[1])
         if self.scattered_to is not None:
