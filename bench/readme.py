@@ -18,7 +18,7 @@ from bench.cases import Case
 from bench.compare import load
 from bench.peers import BASELINE, SAMPLED_BASELINE, baseline
 from bench.result import Memory, Result
-from bench.slopes import FLAT_PEER, Slopes, slopes
+from bench.slopes import FLAT_PEER, Slopes, rounded, slopes
 from bench.sweep_result import Point, Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,11 +178,12 @@ def kept(results: Path) -> str:
     parts = []
     for peer, value in seconds.items():
         ours = seconds["ours_sampled" if baseline(peer) != BASELINE else "ours"]
-        times = "" if peer.startswith("ours") else f" ({value / ours:.2f} of ours)"
+        times = "" if peer.startswith("ours") else f" ({value / ours:.2f} times ours)"
         parts.append(f"{labels[peer]} {value:.2g} s{times}")
     return _prose(
         "Much of the peers' time goes into pages that malloc gives back after a step and asks for anew in "
-        f"the next. Told to keep them (`{_without_json(result.command)}`, {_link(KEPT)}): {'; '.join(parts)}."
+        f"the next. Told to keep them (`{_without_json(result.command)}`, {_link(KEPT)}), all spend most of "
+        f"it in the products: {'; '.join(parts)}."
     )
 
 
@@ -253,8 +254,8 @@ def _growth(slope: Slopes | None) -> str:
         return ""
     return _prose(
         f"From C = {slope.first:,} to {slope.last:,} with `workspace_bytes=0`, the time of a step grows as "
-        f"C^{slope.seconds_exponent:.2f} and its extra memory as C^{slope.memory_exponent:.2f}, by "
-        f"{slope.bytes_a_class:.1f} bytes a class."
+        f"C^{slope.seconds_exponent:.2f} and its extra memory as C^{rounded(slope.memory_exponent, 2)}, by "
+        f"{rounded(slope.bytes_a_class, 1)} bytes a class."
     )
 
 
