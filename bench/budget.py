@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Clock = Callable[[], float]
@@ -25,6 +25,17 @@ class Budget:
     def share(self, weight: float, weight_left: float) -> Budget:
         """A part of what is left: `weight` of the `weight_left` that it has to last for."""
         return Budget(self.left * weight / weight_left, self._clock)
+
+
+def rounds_within(step_seconds: Mapping[str, float], seconds: float, most: int) -> dict[str, int]:
+    """How often each may step, at least once: what the fast leave of their even shares goes to the slow."""
+    found: dict[str, int] = {}
+    for name in sorted(step_seconds, key=lambda name: step_seconds[name]):
+        one = step_seconds[name]
+        share = seconds / (len(step_seconds) - len(found))
+        found[name] = max(1, min(most, int(share / one) if one else most))
+        seconds -= found[name] * one
+    return found
 
 
 @dataclass

@@ -158,6 +158,7 @@ def _conditions(result: Result | Sweep) -> dict[str, Any]:
         **{name: result.machine.get(name) for name in SAME_MACHINE},
         "card": gpu.get("card"),
         "spin": spin,
+        "keep_memory": isinstance(result, Result) and result.keep_memory,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -99,25 +99,24 @@ def no_garbage_collection() -> Iterator[None]:
 def time_run(
     steps: dict[str, Step],
     inputs: Inputs,
-    rounds: int,
+    rounds: int | Mapping[str, int],
     advance: Callable[[], None] = lambda: None,
     *,
-    go_on: Callable[[], bool] = lambda: True,
+    go_on: Callable[[str], bool] = lambda name: True,
     clock: Clock = CLOCK,
     failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each peer in each round: one, and up to `rounds` as long as `go_on` says so.
+    """Seconds of each peer in each round: one, and up to its `rounds` as long as `go_on` says so.
 
     `advance` is called after each step, off the clock. A peer that raises is handed to `failed` and is in no
     further round, nor in what is returned; without `failed` it ends the run.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    most = dict.fromkeys(steps, rounds) if isinstance(rounds, int) else rounds
     with no_garbage_collection():
-        for round_ in range(rounds):
-            if round_ and not go_on():
-                break
+        for round_ in range(max(most.values())):
             for name in turn(list(steps), round_):
-                if name not in seconds:
+                if name not in seconds or round_ >= most[name] or (round_ and not go_on(name)):
                     continue
                 try:
                     seconds[name].append(timed_step(steps[name], inputs, clock))

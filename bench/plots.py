@@ -123,14 +123,17 @@ def _against_classes(sweep: Sweep, *, memory: bool) -> Figure | None:
             if not values:
                 continue
             (handle,) = panel.plot(*zip(*values, strict=True), **_line_of(peer))
-            handles[peer], texts[peer] = handle, f"{label}{_stopped(line)}"
+            if not memory:
+                _mark_single_rounds(panel, peer, line)
+            handles[peer], texts[peer] = handle, f"{label}{_stopped(line, backward)}"
         panel.set(xscale="log", yscale="log", xlabel="classes C", title=direction(backward))
         panel.grid(alpha=0.3, which="major")
         panel.yaxis.set_tick_params(labelleft=True)
         handles["guide"], texts["guide"] = _guide(panel), "slope 1: in proportion to C"
     quantity = "peak extra memory of a step, MB (1e6 bytes)" if memory else "median seconds of a step"
     panels[0].set_ylabel(f"{quantity} (log)")
-    _title(figure, sweep, f"{'Extra memory' if memory else 'Time'} against classes, {_shape(axis)}")
+    what = "Extra memory" if memory else "Time (hollow: a single round)"
+    _title(figure, sweep, f"{what} against classes, {_shape(axis)}")
     figure.legend(handles.values(), texts.values(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
@@ -150,10 +153,28 @@ def _value(point: Point, memory: bool) -> float | None:
     return point.median
 
 
-def _stopped(line: Iterable[tuple[int, Point]]) -> str:
+def _stopped(line: Iterable[tuple[int, Point]], backward: bool) -> str:
     """What the first point without memory enough says, for a legend."""
     found = next(((c, p.needs_bytes) for c, p in line if p.needs_bytes is not None), None)
-    return "" if found is None else f"; C={found[0]:,} needs {found[1] / 1e9:.3g} GB"
+    if found is None:
+        return ""
+    what = "with gradients" if backward else "forward"
+    return f"; {what} at C={found[0]:,} needs {found[1] / 1e9:.3g} GB"
+
+
+def _mark_single_rounds(panel: Axes, peer: str, line: Iterable[tuple[int, Point]]) -> None:
+    """Hollow markers where time was left for one round only, no median."""
+    style = _style(peer)
+    single = [(c, p.median) for c, p in line if len(p.seconds) == 1]
+    if single:
+        panel.plot(
+            *zip(*single, strict=True),
+            color=style.color,
+            marker=style.marker,
+            markerfacecolor="white",
+            linestyle="",
+            markersize=6,
+        )
 
 
 def _guide(panel: Axes) -> Any:
@@ -189,6 +210,8 @@ def _frontier(sweep: Sweep) -> Figure | None:
         and point.extra_bytes is not None
         and point.case.sample_rate == 1
     }
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, (panel,) = _figure(1, 9.5, 5.6)
 
     def place(point: Point) -> tuple[float, float]:
@@ -199,10 +222,9 @@ def _frontier(sweep: Sweep) -> Figure | None:
     panel.plot(
         *zip(*map(place, ours), strict=True), color=BLUE, marker="o", label="ours, by its workspace in MiB"
     )
-    for i, point in enumerate(ours):
+    for point in ours:
         text = f"{_workspace_bytes(point.peer) / 2**20:.0f}"
-        offset = (0, -16 if i % 2 else 9)
-        panel.annotate(text, place(point), offset, textcoords="offset points", ha="center", fontsize=8)
+        panel.annotate(text, place(point), (0, 9), textcoords="offset points", ha="center", fontsize=8)
     for peer, point in others.items():
         style = _style(peer)
         panel.plot(*place(point), color=style.color, marker=style.marker, linestyle="", label=point.label)
@@ -211,9 +233,10 @@ def _frontier(sweep: Sweep) -> Figure | None:
         ylabel="rows a second, forward and both gradients",
         xscale="log",
     )
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter("{x:g}")
-    panel.set_ylim(bottom=0)
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
     panel.grid(alpha=0.3)
     _title(figure, sweep, f"Throughput and memory, B={case.rows:,}, C={case.classes:,}, D={case.features:,}")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
@@ -231,6 +254,8 @@ def _speedups(sweep: Sweep) -> Figure | None:
     case = _main_case(sweep)
     if case is None or "ours" not in sweep.at(case):
         return None
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     directions = _directions(sweep)
     figure, (left, right) = _figure(2, 14, 5.6, width_ratios=[3, 2])
     height = 0.8 / len(directions)
@@ -248,11 +273,15 @@ def _speedups(sweep: Sweep) -> Figure | None:
     right.set_yticks(range(len(shown)), [f"B={b:,}, C={c:,}, D={d:,}" for b, c, d in shown], fontsize=8)
     right.set_title("against the eager head, every shape")
     for panel in (left, right):
+        panel.set(xscale="log", xlabel="times as fast (log; 1: no difference)")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.axvline(1, color=BLACK, linewidth=1)
         panel.invert_yaxis()
-        panel.set_xlabel("times as fast (1: no difference)")
         panel.grid(alpha=0.3, axis="x")
-        panel.margins(x=0.12)
+        low, high = panel.get_xlim()
+        panel.set_xlim(low * 0.85, high * 1.35)  # room for the numbers
     left.legend(fontsize=8, loc="best")
     _title(figure, sweep, "Speed of ours, by medians (partial FC: of ours on the same sample)")
     return figure
@@ -278,10 +307,12 @@ def _times(points: dict[str, Point], name: str) -> float | None:
 
 
 def _bars(panel: Axes, times: list[float | None], k: int, height: float, backward: bool) -> None:
+    """From 1, no difference, to the right where ours is faster and to the left where it is slower."""
     places = [i + k * height - 0.4 + height / 2 for i in range(len(times))]
     bars = panel.barh(
         places,
-        [value or 0.0 for value in times],
+        [(value or 1.0) - 1 for value in times],
+        left=1,
         height=height,
         color=BLUE if backward else SKY,
         label=direction(backward),

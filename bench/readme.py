@@ -18,12 +18,13 @@ from bench.cases import Case
 from bench.compare import load
 from bench.peers import BASELINE, SAMPLED_BASELINE, baseline
 from bench.result import Memory, Result
-from bench.slopes import FLAT_PEER, Slopes, slopes
+from bench.slopes import FLAT_PEER, Slopes, rounded, slopes
 from bench.sweep_result import Point, Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
 MAIN, SHARED = "cpu-b256-c100k-d512.json", "cpu-b256-c100k-d512-one-core-shared.json"
+KEPT = "cpu-b256-c100k-d512-memory-kept.json"
 SWEEP, MODEL, DEMO, GPU = "cpu-sweep.json", "model-h100.json", "demo.json", "gpu-*.json"
 SAMPLED = "partial-fc.json"
 PLOTS = "cpu-sweep"
@@ -167,6 +168,25 @@ def _without_json(command: str) -> str:
     return re.sub(r" --(json|plots) \S+", "", command)
 
 
+def kept(results: Path) -> str:
+    """The peers where malloc keeps what they free: seconds, and how many times as fast ours is."""
+    result = _single(results, KEPT)
+    if result is None or (best := result.best_run) is None:
+        return ""
+    seconds = {peer: result.seconds(peer, best).median for peer in result.runs[best]}
+    labels = {gate.peer: OURS.get(gate.peer, gate.label) for gate in result.gates}
+    parts = []
+    for peer, value in seconds.items():
+        ours = seconds["ours_sampled" if baseline(peer) != BASELINE else "ours"]
+        times = "" if peer.startswith("ours") else f" ({value / ours:.2f} times ours)"
+        parts.append(f"{labels[peer]} {value:.2g} s{times}")
+    return _prose(
+        "Much of the peers' time goes into pages that malloc gives back after a step and asks for anew in "
+        f"the next. Told to keep them (`{_without_json(result.command)}`, {_link(KEPT)}), all spend most of "
+        f"it in the products: {'; '.join(parts)}."
+    )
+
+
 def shared(results: Path) -> str:
     """The same while another process keeps a core busy."""
     result = _single(results, SHARED)
@@ -234,8 +254,8 @@ def _growth(slope: Slopes | None) -> str:
         return ""
     return _prose(
         f"From C = {slope.first:,} to {slope.last:,} with `workspace_bytes=0`, the time of a step grows as "
-        f"C^{slope.seconds_exponent:.2f} and its extra memory as C^{slope.memory_exponent:.2f}, by "
-        f"{slope.bytes_a_class:.1f} bytes a class."
+        f"C^{slope.seconds_exponent:.2f} and its extra memory as C^{rounded(slope.memory_exponent, 2)}, by "
+        f"{rounded(slope.bytes_a_class, 1)} bytes a class."
     )
 
 
@@ -327,6 +347,7 @@ def demo(results: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "speed": speed,
+    "kept": kept,
     "shared": shared,
     "memory": memory,
     "sweep": sweep,

@@ -90,7 +90,9 @@ def _print_times(result: Result, best: int, out: Output) -> None:
             ]
         )
     out.table(
-        f"Forward and both gradients: {describe_case(result.case)}" + (", one core shared" * result.spin),
+        f"Forward and both gradients: {describe_case(result.case)}"
+        + ", one core shared" * result.spin
+        + ", freed memory kept by malloc" * result.keep_memory,
         ["head", "seconds", "quartiles", f"times {BASELINE}", "in each run", "GFLOP/s"],
         rows,
         f"median of {result.rounds} interleaved rounds, in the quietest of {len(result.runs)} runs (least "

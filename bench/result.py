@@ -52,6 +52,7 @@ class Result:
 
     case: Case
     spin: bool
+    """Another process kept a core busy."""
     rounds: int
     gates: tuple[Gate, ...]
     skipped: dict[str, str]
@@ -62,6 +63,8 @@ class Result:
     machine: dict[str, Any]
     command: str
     date: str
+    keep_memory: bool = False
+    """malloc was told to keep what is freed (bench/allocator.py)."""
 
     @property
     def ok(self) -> bool:
@@ -118,4 +121,5 @@ class Result:
             machine=data["machine"],
             command=data["command"],
             date=data["date"],
+            keep_memory=data.get("keep_memory", False),
         )

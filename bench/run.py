@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench import machine, memory, peers
+from bench import allocator, machine, memory, peers
 from bench.cases import Case
 from bench.gate import check_all, gate_case, in_terms_of, tiled_case
 from bench.measure import WARM_UPS, run_step, time_run
@@ -27,6 +27,7 @@ class Plan:
     memory_peers: tuple[str, ...]
     memory_cases: tuple[Case, ...]
     spin: bool
+    keep_memory: bool
     command: str
 
     @property
@@ -38,6 +39,8 @@ class Plan:
 def run(plan: Plan, progress: Progress) -> Result:
     """Everything in the plan that the gate lets through."""
     described = machine.describe(plan.case.device)
+    if plan.keep_memory:
+        allocator.keep_freed()
     small = gate_case(plan.case)
     able = [name for name in plan.every_peer if _why_not(name, small) is None]
     gates = check_all(able, small, _task(progress, "gate", len(able)), tiled=tiled_case(plan.case))
@@ -46,6 +49,7 @@ def run(plan: Plan, progress: Progress) -> Result:
     return Result(
         case=plan.case,
         spin=plan.spin,
+        keep_memory=plan.keep_memory,
         rounds=plan.rounds,
         gates=gates,
         skipped={name: reason for name, reason in reasons.items() if reason is not None},

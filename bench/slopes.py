@@ -29,6 +29,11 @@ class Slopes:
     """Extra memory of the last point less the first's, over the classes between."""
 
 
+def rounded(value: float, digits: int) -> str:
+    """Without the minus that a small number's 0 would have."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
 def exponent(values: list[tuple[int, float]]) -> float:
     """Slope of log y over log x."""
     logs = [math.log(x) for x, _ in values], [math.log(y) for _, y in values]

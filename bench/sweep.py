@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench import machine, memory, peers
-from bench.budget import CLOCK, Budget, Clock, Costs
+from bench.budget import CLOCK, Budget, Clock, Costs, rounds_within
 from bench.cases import Case, Inputs
 from bench.gate import check_all, gate_case, tiled_case
 from bench.measure import Step, run_step, time_run
@@ -191,11 +191,12 @@ class Run:
             def failed(name: str, error: Exception) -> None:
                 found[name] = _failed(found[name], error)
 
+            once = {name: self._step_seconds(found[name]) for name in steps}
             seconds = time_run(
                 steps,
                 inputs,
-                self.plan.rounds,
-                go_on=lambda: budget.left > a_round,
+                rounds_within(once, budget.left, self.plan.rounds),
+                go_on=lambda name: budget.left > once[name],
                 clock=self.clock,
                 failed=failed,
             )

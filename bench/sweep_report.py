@@ -6,7 +6,7 @@ from bench import peers
 from bench.peers import BASELINE, SAMPLED_BASELINE
 from bench.report import NONE, describe_case, print_gates, print_machine
 from bench.show import Output
-from bench.slopes import slopes
+from bench.slopes import rounded, slopes
 from bench.sweep_result import Axis, Point, Sweep
 
 NAMES = {*peers.names(), "ours@0"}
@@ -139,8 +139,8 @@ def _print_slopes(sweep: Sweep, directions: list[bool], out: Output) -> None:
                         f"{label}, B={axis.case.rows:,}{_dtype(sweep, axis)}, {direction(backward)}",
                         f"{found.first:,} to {found.last:,}",
                         f"{found.seconds_exponent:.2f}",
-                        NONE if memory is None else f"{memory:.2f}",
-                        NONE if added is None else f"{added:.1f}",
+                        NONE if memory is None else rounded(memory, 2),
+                        NONE if added is None else rounded(added, 1),
                     ]
                 )
     if rows:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import cuda, peers, show
+from bench import allocator, cuda, peers, show
 from bench.cases import AUTOCASTS, DEFAULT, DEVICES, DTYPES, MEMORY, MEMORY_CLASSES, TOY, Case
 from bench.commands.options import Parser, add_peers, at_least, check_fits, file_to_write
 from bench.peers.base import terms
@@ -60,6 +60,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-memory", action="store_true", help="measure seconds only")
     p.add_argument("--spin", action="store_true", help="time while another process keeps a core busy")
     p.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="tell malloc to keep what is freed, as suits heads that allocate in every step",
+    )
+    p.add_argument(
         "--model",
         metavar="GPU",
         help="count a step's cost on h100, a100, …, in bfloat16 unless said; run nothing",
@@ -72,6 +77,8 @@ def plan_of(options: argparse.Namespace, command: str) -> Plan:
     """The plan that the options describe; ValueError for one that cannot be carried out."""
     if options.device == "cuda" and (reason := cuda.unavailable()):
         raise ValueError(f"device: {reason}")
+    if options.keep_memory and (reason := allocator.unavailable()):
+        raise ValueError(f"keep-memory: {reason}")
     case = _replaced(TOY if options.toy else DEFAULT, options, (*SHAPE, *KIND))
     check_fits(case)
     default_rounds, default_runs = (TOY_ROUNDS, TOY_RUNS) if options.toy else (ROUNDS, RUNS)
@@ -91,6 +98,7 @@ def plan_of(options: argparse.Namespace, command: str) -> Plan:
         memory_peers=() if options.no_memory else memory_peers,
         memory_cases=() if options.no_memory else (case, *_sweep(options)),
         spin=options.spin,
+        keep_memory=options.keep_memory,
         command=command,
     )
 

@@ -25,9 +25,12 @@ class PartialFC(Peer):
         return f"eager partial-FC step, {self.sample_rate:.0%} of the classes sampled ({mode(self, case)})"
 
     def extra_bytes(self, case: Case) -> int:
-        """The eager head's over S classes, their centres gathered, at times w's gradient once more."""
-        gathered = case.taking_part * case.features * max(case.itemsize, 4)
-        return eager.extra_bytes(case) + gathered + case.gradient_bytes
+        """The eager head's over S classes, and their centres gathered, with that copy's gradient.
+
+        At measured times less: what index_select's backward does not write of w's gradient is never resident.
+        """
+        gathered = 2 * case.taking_part * case.features * max(case.itemsize, 4)
+        return eager.extra_bytes(case) + gathered
 
     def step(self, inputs: Inputs) -> Step:
         case, margin = inputs.case, inputs.case.margin_function()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.budget import Budget, Costs
+from bench.budget import Budget, Costs, rounds_within
 
 
 class FakeClock:
@@ -49,3 +49,13 @@ def test_costs_grow_with_flops_and_what_comes_once_does_not() -> None:
     costs.learn("slow", 10, 1.0)
     assert costs.step("other", 4000) == 400.0
     assert costs.once("other") == 0
+
+
+def test_rounds_follow_even_shares_and_slow_ones_get_what_is_left() -> None:
+    assert rounds_within({"slow": 10.0, "fast": 1.0}, 60.0, 7) == {"fast": 7, "slow": 5}
+    assert rounds_within({"slow": 10.0, "fast": 1.0}, 1000.0, 7) == {"fast": 7, "slow": 7}
+    assert rounds_within({"slow": 100.0, "fast": 1.0, "unknown": 0.0}, 12.0, 7) == {
+        "unknown": 7,
+        "fast": 6,
+        "slow": 1,
+    }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cuda, memory, peers
+from bench import allocator, cuda, memory, peers
 from bench.__main__ import main as bench_main
 from bench.cases import TOY
 from bench.commands.single import TOY_ROUNDS
@@ -161,11 +161,13 @@ def test_a_wrong_peer_is_not_measured_and_the_exit_code_is_1(
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_options_reach_the_result(tmp_path: Path) -> None:
+def test_options_reach_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[None] = []  # not for real: it would hold for all tests of this process
+    monkeypatch.setattr(allocator, "keep_freed", lambda: told.append(None))
     path = tmp_path / "result.json"
     argv = ["--rows", "4", "--classes", "30", "--features", "8", "--margin", "arcface", "--scale", "16"]
     argv += ["--target-gradient", "detached", "--rounds", "2", "--runs", "2", "--workspace-bytes", "64"]
-    argv += ["--peers", "ours", "eager", "--no-memory", "--spin", "--json", str(path)]
+    argv += ["--peers", "ours", "eager", "--no-memory", "--spin", "--keep-memory", "--json", str(path)]
     argv += ["--autocast", "bfloat16"]
     assert _main("--toy", *argv) == 0
     result = Result.from_json(path.read_text())
@@ -177,6 +179,8 @@ def test_options_reach_the_result(tmp_path: Path) -> None:
         {"ours@64": 2, "eager": 2}
     ] * 2
     assert result.spin
+    assert result.keep_memory
+    assert told == [None]
     assert result.memory == ()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import measure, spin
+from bench import allocator, measure, spin
 from bench.cases import Case
 from bench.measure import Spread, quietest_run, time_run, touch, turn
 
@@ -136,6 +136,11 @@ def test_a_run_interleaves_drops_gradients_and_has_no_garbage_collection() -> No
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
     assert len(advanced) == 6
     assert gc.isenabled()
+    order.clear()
+    steps = {name: step_of(name) for name in "abc"}
+    seconds = time_run(steps, INPUTS, {"a": 1, "b": 3, "c": 9}, go_on=lambda name: name != "c")
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 1, "b": 3, "c": 1}
+    assert sorted(order[:3]) == ["a", "b", "c"]
 
 
 def test_a_peer_that_raises_ends_the_run_unless_somebody_takes_its_error() -> None:
@@ -203,3 +208,22 @@ subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())])
 print("started", flush=True)
 time.sleep(60)
 """
+
+
+_KEEP = """
+import ctypes, os, torch
+from bench import allocator
+from expface_kernels.machine import proc_bytes
+allocator.keep_freed()
+block = torch.ones(2**24)
+del block
+before = proc_bytes("/proc/self/status", "VmRSS")
+print(before, proc_bytes("/proc/self/status", "VmHWM"))
+"""
+
+
+@pytest.mark.skipif(allocator.unavailable() is not None, reason=str(allocator.unavailable()))
+def test_malloc_keeps_what_is_freed_when_told() -> None:
+    done = subprocess.run([sys.executable, "-c", _KEEP], capture_output=True, text=True, check=True)
+    resident, highest = map(int, done.stdout.split())
+    assert highest - resident < 2**24  # of the block's 2^26 bytes

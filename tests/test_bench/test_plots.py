@@ -47,7 +47,7 @@ def test_a_line_that_stops_says_what_it_would_need() -> None:
     figure = plots._against_classes(dataclasses.replace(SWEEP, points=points), memory=False)
     assert figure is not None
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert "eager head (exact); C=300,000 needs 33.3 GB" in texts
+    assert "eager head (exact); with gradients at C=300,000 needs 33.3 GB" in texts
 
 
 def test_the_frontier_shows_every_workspace_and_the_peers_that_do_the_same_work() -> None:
@@ -66,7 +66,7 @@ def test_bars_are_how_many_times_as_fast_ours_is() -> None:
     assert figure is not None
     left = figure.axes[0]
     labels = [label.get_text().replace("\n", " ") for label in left.get_yticklabels()]
-    widths = [patch.get_width() for patch in left.patches[: len(labels)]]
+    widths = [patch.get_x() + patch.get_width() for patch in left.patches[: len(labels)]]
     by_label = dict(zip(labels, widths, strict=True))
     assert by_label["eager head (exact)"] == pytest.approx(3)
     assert next(w for label, w in by_label.items() if "partial-FC" in label) == pytest.approx(2)
