@@ -169,6 +169,15 @@ def test_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
         load_centres(path, head.weight, OPTIMIZERS["adamw"](head.parameters()))
     with pytest.raises(ValueError, match=r"expected the state \['exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'"):
         load_centres(saved(tmp_path), head.weight, torch.optim.Adam(head.parameters(), amsgrad=True))
+    # The other way, and where nothing is known of the state yet but that it is another's.
+    with pytest.raises(
+        ValueError, match=r"\['momentum_buffer'\] of SGD, got .* of AdamW; pass optimizer=None"
+    ):
+        load_centres(saved(tmp_path), head.weight, OPTIMIZERS["sgd"](head.parameters()))
+    with pytest.raises(
+        ValueError, match=r"expected the state of RMSprop, got \['exp_avg', .*\] of AdamW; pass"
+    ):
+        load_centres(path, head.weight, torch.optim.RMSprop(head.parameters()))
     with pytest.raises(ValueError, match="expected one that trains weight, got a SGD without it"):
         load_centres(path, head.weight, OPTIMIZERS["sgd"]([nn.Parameter(torch.zeros(1))]))
     assert not head.weight.any()
