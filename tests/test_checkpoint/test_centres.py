@@ -297,6 +297,11 @@ def test_metadata_is_strings(tmp_path: Path) -> None:
     odd: Any = {"epoch": 3}
     with pytest.raises(TypeError, match=r"metadata: expected strings by name, got {'epoch': 3}"):
         save_centres(tmp_path / "file", Head(C).weight, metadata=odd)
+    for none, told in (("3", "str '3'"), ("", "str ''"), (["epoch", "3"], r"list \['epoch', '3'\]")):
+        given: Any = none
+        message = f"metadata: expected strings by name, such as {{'epoch': '3'}}, got {told}"
+        with pytest.raises(TypeError, match=message):
+            save_centres(tmp_path / "file", Head(C).weight, metadata=given)
     assert not list(tmp_path.iterdir())
 
 

@@ -304,3 +304,25 @@ def test_arguments_of_clipping_are_checked(options: dict[str, Any], text: str) -
     with pytest.raises(ValueError, match="expected") as raised:
         clip_grad_norm_([], **options)
     assert str(raised.value) == text
+
+
+ONE_OR_MORE = "expected a tensor or an iterable of tensors, got"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "text"),
+    [
+        ((3, 1.0), {}, f"parameters: {ONE_OR_MORE} int"),
+        ((nn.Linear(1, 1), 1.0), {}, f"parameters: {ONE_OR_MORE} Linear; pass its parameters()"),
+        (([torch.ones(1), 3], 1.0), {}, "parameters: expected tensors, got int at index 1"),
+        (([], 1.0), {"sharded": 3}, f"sharded: {ONE_OR_MORE} int"),
+        (([], "large"), {}, "max_norm: expected a number, got str 'large'"),
+        (([], 1.0, None), {}, "norm_type: expected a number, got NoneType None"),
+    ],
+)
+def test_what_clipping_does_not_take_is_named(
+    arguments: tuple[Any, ...], options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(TypeError, match="expected") as raised:
+        clip_grad_norm_(*arguments, **options)
+    assert str(raised.value) == text
