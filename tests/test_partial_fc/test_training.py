@@ -5,6 +5,7 @@ B rows of a rank · N rows of all ranks · F features of an image · D of an emb
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -269,6 +270,27 @@ def test_a_scaler_is_told_its_group() -> None:
         GradScaler("cpu", process_group=None)
     with pytest.raises(TypeError, match="process_group"):
         GradScaler("cpu")  # type: ignore[call-arg]
+
+
+def without_a_gpu(group: Any) -> list[tuple[bool, bool]]:
+    """Of "cuda" and of "cpu": is it enabled, does it skip a step whose gradient is Inf?"""
+    found = []
+    for device in ("cuda", "cpu"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.cuda.amp.GradScaler is enabled, but CUDA is not")
+            scaler = GradScaler(device, process_group=group)
+        parameter = nn.Parameter(torch.ones(1))
+        scaler.scale(parameter.sum()).backward()
+        parameter.grad = torch.full((1,), torch.inf)
+        scaler.step(torch.optim.SGD([parameter], lr=0.1))
+        found.append((scaler.is_enabled(), bool(parameter == 1)))
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_where_there_is_no_gpu_a_scaler_for_one_is_off() -> None:
+    """As docs/migrate.md warns."""
+    assert run_ranks(1, without_a_gpu) == [[(False, False), (True, True)]]
 
 
 @pytest.mark.parametrize("norm_type", NORMS)
