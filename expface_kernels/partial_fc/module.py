@@ -83,7 +83,8 @@ class CentreModule(nn.Module):
             f"{key}: expected {_described(self.weight)}, as this rank's own state_dict() has it, with its "
             f"{self.num_local} classes from {self.class_start} on, got {_described(got)}. Onto any ranks "
             "load_sharded of expface_kernels.checkpoint loads what save_sharded wrote, and load_centres what "
-            "save_centres wrote; docs/checkpoints.md has the way from a state_dict with all classes"
+            "save_centres or InsightFace wrote; docs/checkpoints.md has the way from a state_dict with all "
+            "classes"
         )
 
     def _agree(self, told: dict[str, str]) -> None:
