@@ -133,8 +133,8 @@ def negatives(
     check_class_subset(class_subset, weight)
     labels = labels.reshape(-1).long()  # wide before it meets ignore_index: 156 as uint8 is not −100
     y = ops.local_labels(labels, class_subset, weight.shape[0], ignore_index)
-    if class_subset is not None:
-        # A bad one that could not be refused has made the loss NaN: it need only stay within memory.
+    if class_subset is not None and not ops.on_cpu(class_subset):
+        # A bad one that was not refused has made the loss NaN: it need only stay within memory.
         class_subset = class_subset.clamp(0, weight.shape[0] - 1)
     return negatives_of(
         embeddings,

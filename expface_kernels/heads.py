@@ -60,8 +60,9 @@ class MarginSoftmaxHead(CentreModule):
         sample_rate: in training, the share of the classes that take part in a step: the batch's own, the
             rest drawn anew each time (never fewer than the batch's rows). In `eval()` all do.
         sparse_grad: the weight's gradient is sparse COO, the rows that took part, at no cost in C (not with
-            process_group). Off, it is dense, and zero elsewhere: an optimizer with momentum or decay moves
-            those rows too.
+            process_group). Its optimizer must take sparse gradients and have weight_decay=0. Where all
+            classes take part, without sampling and in `eval()`, it has all rows and saves nothing. Off, it is
+            dense, and zero elsewhere: an optimizer with momentum or decay moves those rows too.
         target_gradient: "detached" (default) or "exact"; docs/math.md section 4 says what the choice does.
         gradient_tolerance: 0, exact; other values are not offered yet.
         process_group: the ranks that share the classes; `weight` is then a DTensor, Shard(0). All ranks

@@ -15,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expface_kernels import ArcFace, BatchStats, CosFace, ExpFace, NormFace, margin_cross_entropy, reference
+from expface_kernels import (
+    ArcFace,
+    BatchStats,
+    CosFace,
+    ExpFace,
+    NormFace,
+    functional,
+    margin_cross_entropy,
+    ops,
+    reference,
+)
 from tests.cases import MARGINS, batch, leaves, truth
 from tests.tolerances import CAPS, assert_close
 
@@ -302,6 +312,27 @@ def test_a_class_subset_is_the_loss_over_those_centres_alone(dtype: torch.dtype,
         assert (got[2][outside] == 0).all()
     stats = margin_cross_entropy(x, w, y, class_subset=subset, backend=backend, return_stats=True)[1]
     assert set(stats.hardest_negative_class[y >= 0].tolist()) <= set(subset.tolist())
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_class_subset_is_copied_where_bad_ones_are_not_refused(
+    on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Tensor] = []
+    negatives_of = functional.negatives_of
+
+    def seen(*args: Any, class_subset: Tensor, **options: Any) -> Any:
+        taken.append(class_subset)
+        return negatives_of(*args, class_subset=class_subset, **options)
+
+    monkeypatch.setattr(functional, "negatives_of", seen)
+    monkeypatch.setattr(ops, "on_cpu", lambda values: on_cpu)
+    x, w, _ = small()
+    subset = torch.tensor([0, 5, 19 if on_cpu else 2**40])
+    loss = margin_cross_entropy(x, w, torch.zeros(x.shape[0], dtype=torch.int64), class_subset=subset)
+    assert (taken[0] is subset) == on_cpu
+    assert taken[0].tolist() == [0, 5, 19]
+    assert bool(loss.isnan()) == (not on_cpu)
 
 
 def test_a_margin_per_row_is_that_margin_on_that_row(backend: str) -> None:

@@ -17,7 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from expface_kernels.checkpoint import safetensors_file
-from expface_kernels.checkpoint.live import live_table, local_rows, parameter_group, state_of
+from expface_kernels.checkpoint.live import (
+    live_table,
+    local_rows,
+    parameter_group,
+    state_of,
+    state_that_comes,
+)
 from expface_kernels.checkpoint.members import Members, members_of
 from expface_kernels.checkpoint.publish import publish
 from expface_kernels.checkpoint.safetensors_file import Layout, open_centres
@@ -67,7 +73,7 @@ def save_centres(
         _warn_of_a_race(members)
         table = live_table(weight, optimizer, members)
         held = table.held
-    _write(Path(path), table, held, members, metadata or {})
+    _write(Path(path), table, held, members, {} if metadata is None else metadata)
 
 
 def load_centres(
@@ -200,12 +206,14 @@ def _check_state(table: CentreTable, weight: Tensor, optimizer: torch.optim.Opti
             f"{table.origin}: expected the state of {kind}, got none of it; pass optimizer=None for the "
             "centres alone"
         )
-    expected = set(present) or _state_that_comes(optimizer, parameter_group(weight, optimizer))
+    expected = set(present) or state_that_comes(optimizer, parameter_group(weight, optimizer))
     # A file without state was saved before the first step.
-    if got and expected is not None and expected != got:
+    fits = _may_fit(type(optimizer), table.optimizer) if expected is None else expected == got
+    if got and not fits:
+        names = "" if expected is None else f"{sorted(expected)} "
         raise ValueError(
-            f"{table.origin}: expected the state {sorted(expected)} of {kind}, got {sorted(got)} of "
-            f"{table.optimizer or 'an optimizer'}"
+            f"{table.origin}: expected the state {names}of {kind}, got {sorted(got)} of "
+            f"{table.optimizer or 'an optimizer'}; pass optimizer=None for the centres alone"
         )
     for name, value in present.items():
         theirs = table.tensors.get(STATE_PREFIX + name)
@@ -215,13 +223,10 @@ def _check_state(table: CentreTable, weight: Tensor, optimizer: torch.optim.Opti
                 raise ValueError(f"{table.origin}: expected {name!r} as {ours}, got {theirs}")
 
 
-def _state_that_comes(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> set[str] | None:
-    """The state that an optimizer will have after a step; None where that is not known here."""
-    if type(optimizer) is torch.optim.SGD:
-        return {"momentum_buffer"} if group["momentum"] else set()
-    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
-        return {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
-    return None
+def _may_fit(ours: type, theirs: str | None) -> bool:
+    """Whether an optimizer, whose state is not known yet, may be of theirs' kind: two of torch's are not."""
+    known = ours is getattr(torch.optim, ours.__name__, None) and hasattr(torch.optim, theirs or "")
+    return not known or theirs == ours.__name__
 
 
 def _read_state(table: CentreTable, held: ClassRange, weight: Tensor) -> dict[str, Tensor]:

@@ -82,6 +82,15 @@ def parameter_group(weight: Tensor, optimizer: torch.optim.Optimizer) -> dict[st
     )
 
 
+def state_that_comes(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> set[str] | None:
+    """Names of the state that an optimizer will have after a step; None where that is not known here."""
+    if type(optimizer) is torch.optim.SGD:
+        return {"momentum_buffer"} if group["momentum"] else set()
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        return {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
+    return None
+
+
 class _Part(NamedTuple):
     """What one rank says of its share."""
 

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from expface_kernels.checkpoint.live import state_of, state_that_comes
+
 OPTIMIZER = "optimizer"  # its entries in a checkpoint begin so
 STATE = "state"
 GROUPS = "param_groups"
@@ -95,7 +97,9 @@ def check_count(source: Path, saved: Groups, optimizer: torch.optim.Optimizer) -
         )
 
 
-def in_order(source: Path, saved: Groups, ours: Groups) -> Groups:
+def in_order(
+    source: Path, saved: Groups, ours: Groups, metadata: Metadata, optimizer: torch.optim.Optimizer
+) -> Groups:
     """The checkpoint's groups in the order of the optimizer's, for each the one with the same parameters.
 
     What a group has besides ours, such as a scheduler's initial_lr, comes along. ValueError where parameters
@@ -115,8 +119,9 @@ def in_order(source: Path, saved: Groups, ours: Groups) -> Groups:
         missing = sorted(set(group) - set(theirs))
         if missing:
             raise ValueError(
-                f"{source}: expected the hyperparameters of the optimizer's group {index}, got one without "
-                f"{missing}: {sorted(theirs)}"
+                f"{source}: expected the hyperparameters of {type(optimizer).__name__} as those of the "
+                f"optimizer's group {index}, got one without {missing}; "
+                f"{_about_state(metadata, theirs, optimizer, index)}; pass optimizer=None for the model alone"
             )
         ordered.append({key: _near(value, group.get(key)) for key, value in theirs.items()} | {NAMES: names})
     return ordered
@@ -164,6 +169,22 @@ def _check_owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def _has_state(metadata: Metadata, name: str) -> bool:
     return any(key.startswith(f"{OPTIMIZER}.{STATE}.{name}.") for key in metadata.state_dict_metadata)
+
+
+def _about_state(
+    metadata: Metadata, saved: dict[str, Any], optimizer: torch.optim.Optimizer, index: int
+) -> str:
+    """What a saved group has of an optimizer's state, and what ours keeps, where that is known."""
+    starts = tuple(f"{OPTIMIZER}.{STATE}.{name}." for name in saved[NAMES])
+    keys = metadata.state_dict_metadata
+    got = {key.removeprefix(start) for start in starts for key in keys if key.startswith(start)}
+    told = f"the state that was saved is {sorted(got) if got else 'none'}"
+    group = optimizer.param_groups[index]
+    kept = {name for parameter in group["params"] for name in state_of(parameter, optimizer)}
+    expected = kept or state_that_comes(optimizer, group)
+    if not expected:
+        return told
+    return f"{told}, that of {type(optimizer).__name__} is {sorted(expected)}"
 
 
 def _near(value: Any, ours: Any) -> Any:

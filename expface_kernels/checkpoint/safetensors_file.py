@@ -138,6 +138,11 @@ def _open(path: str) -> Any:
 
 def _strings(metadata: Mapping[str, str]) -> dict[str, str]:
     """The format knows no other values: the library would not open the file."""
+    if not isinstance(metadata, Mapping):
+        raise TypeError(
+            "metadata: expected strings by name, such as {'epoch': '3'}, got "
+            f"{type(metadata).__name__} {metadata!r}"
+        )
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata: expected strings by name, got {{{key!r}: {value!r}}}")

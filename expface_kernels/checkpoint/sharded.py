@@ -198,7 +198,7 @@ def _read_groups(
     members.together(lambda: check_count(source, saved, optimizer))
     ours = members.together(lambda: optimizer_to_save(model, optimizer)[GROUPS])
     _fill({OPTIMIZER: {GROUPS: saved}}, source, members)
-    return members.together(lambda: in_order(source, saved, ours))
+    return members.together(lambda: in_order(source, saved, ours, metadata, optimizer))
 
 
 def _state_to_fill(

@@ -72,10 +72,13 @@ def to_loss(head: MarginSoftmaxHead, into: nn.Module | None = None) -> nn.Module
 
     Raises:
         ImportError: nothing to write into, and the library is not installed.
-        ValueError: the library has no such loss, or `into` is another; says what to change.
+        TypeError: another head. ValueError: the library has no such loss, or `into` is another; says what to
+            change.
 
     Peak extra memory: none beside the new weight.
     """
+    if not isinstance(head, MarginSoftmaxHead):
+        raise TypeError(f"head: expected a MarginSoftmaxHead, got {type(head).__name__}")
     name = _loss_name(head)
     loss = _new_loss(name, head) if into is None else into
     if type(loss).__name__ != name:

@@ -37,17 +37,17 @@ def clip_grad_norm_(
         error_if_nonfinite: RuntimeError, on every rank, where the norm is NaN or Inf.
 
     Returns the norm before clipping, () float32 (float64 where a gradient is). One all_reduce for each group
-    that holds shards. After a GradScaler: unscale_ first. ValueError for an argument out of its range.
+    that holds shards. After a GradScaler: unscale_ first. TypeError, ValueError: of another argument, named
+    with what was expected and what came.
     """
-    norm_type, max_norm = float(norm_type), float(max_norm)
+    norm_type, max_norm = _number("norm_type", norm_type), _number("max_norm", max_norm)
     if not norm_type > 0:
         raise ValueError(f"norm_type: expected a number above 0 or inf, got {norm_type}")
     if not max_norm >= 0:
         raise ValueError(f"max_norm: expected at least 0, got {max_norm}")
-    sharded = list(sharded)
+    plain, sharded = _tensors("parameters", parameters), _tensors("sharded", sharded)
     if sharded and process_group is None:
         raise ValueError("process_group: expected the group whose ranks hold `sharded`, got None")
-    plain = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     parts = [(_local(p.grad), _groups(p.grad)) for p in plain if p.grad is not None]
     # A rank may lack the gradient of its rows; it takes part in the sum all the same.
     parts += [(p.new_zeros(0) if p.grad is None else p.grad, (process_group,)) for p in sharded]
@@ -58,6 +58,30 @@ def clip_grad_norm_(
     for grad, _ in parts:
         grad.mul_(factor.to(grad.device, grad.dtype))
     return norm
+
+
+def _number(name: str, value: Any) -> float:
+    """Of whatever is one: also a tensor or an array of one element, or "inf", as torch takes it."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}") from error
+
+
+def _tensors(name: str, given: Any) -> list[Tensor]:
+    """One tensor, or those of an iterable."""
+    if isinstance(given, Tensor):
+        return [given]
+    if not isinstance(given, Iterable):
+        hint = "; pass its parameters()" if isinstance(given, torch.nn.Module) else ""
+        raise TypeError(
+            f"{name}: expected a tensor or an iterable of tensors, got {type(given).__name__}{hint}"
+        )
+    tensors = list(given)
+    for index, value in enumerate(tensors):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected tensors, got {type(value).__name__} at index {index}")
+    return tensors
 
 
 def _local(grad: Tensor) -> Tensor:

@@ -9,11 +9,21 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from expface_kernels.partial_fc.comm import Ranks, check_agreement, tell_of_error
 from expface_kernels.partial_fc.ranges import ClassRange
 from expface_kernels.partial_fc.replication import refuse_ddp
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Of one shape, and both DTensors or none."""
+    return _described(one) == _described(other)
+
+
+def _described(value: Any) -> str:
+    kind = "a DTensor" if hasattr(value, "to_local") else "a tensor"
+    return f"{kind} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 class CentreModule(nn.Module):
@@ -60,6 +70,22 @@ class CentreModule(nn.Module):
         if self._ranks is not None:
             refuse_ddp(self, sys._getframe(1))
         return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        # torch would tell of tensors that do not mix, and with assign=True take any.
+        key = f"{prefix}weight"
+        got = state_dict.get(key)
+        if self._ranks is None or got is None or _alike(got, self.weight):
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            return
+        errors: list[str] = others[-1]
+        errors.append(
+            f"{key}: expected {_described(self.weight)}, as this rank's own state_dict() has it, with its "
+            f"{self.num_local} classes from {self.class_start} on, got {_described(got)}. Onto any ranks "
+            "load_sharded of expface_kernels.checkpoint loads what save_sharded wrote, and load_centres what "
+            "save_centres or InsightFace wrote; docs/checkpoints.md has the way from a state_dict with all "
+            "classes"
+        )
 
     def _agree(self, told: dict[str, str]) -> None:
         """Where it is built: ValueError on every rank unless all told the same and none failed."""

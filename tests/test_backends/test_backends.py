@@ -1,4 +1,4 @@
-"""What every backend promises beside accuracy: layouts, subsets, ignored rows, edges, and refusals by name.
+"""What every backend promises beside accuracy: layouts, subsets, gradients as asked for, refusals by name.
 
 B rows · C classes · D features
 """
@@ -6,7 +6,6 @@ B rows · C classes · D features
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,27 +13,11 @@ from torch import Tensor
 
 from expface_kernels import ArcFace, ExpFace, backends, functional, margin_cross_entropy, ops
 from expface_kernels.backends import native
-from tests.cases import SCALES, TARGET_GRADIENTS, batch, device_of, leaves, loss_on, truth
-from tests.tolerances import assert_close, assert_rows_close
+from tests.cases import batch, device_of, leaves, loss_on, truth
+from tests.test_backends.steps import F32, assert_true, is_zero, run
+from tests.tolerances import assert_close
 
-F32, F64 = torch.float32, torch.float64
-
-
-def _run(x: Tensor, w: Tensor, y: Tensor, backend: str, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dx, dw) in float32, from the sum of the losses."""
-    a, b = leaves(x, w)
-    loss = loss_on(backend, a, b, y, **options)
-    loss.sum().backward()
-    return loss.detach(), a.grad, b.grad
-
-
-def _assert_true(got: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
-    for name, actual, expected in zip(("loss", "dx", "dw"), got, right, strict=True):
-        assert_close(actual, expected, dtype=F32, what=name)
-
-
-def _is_zero(tensor: Tensor) -> bool:
-    return bool((tensor == 0).all())
+F64 = torch.float64
 
 
 def test_every_backend_under_test_can_run_here(backend: str) -> None:
@@ -90,9 +73,9 @@ def test_a_class_subset_equals_the_gathered_centres(kind: str, backend: str, sma
     x, w, y = batch(kind, 9, 61, 16)
     subset = torch.unique(torch.cat([y, torch.tensor([0, 2, 17, 33, 58, 60])]))
     right = truth(x, w[subset], torch.searchsorted(subset, y))
-    loss, dx, dw = _run(x, w, y, backend, class_subset=subset)
-    _assert_true((loss, dx, dw[subset]), right)
-    assert _is_zero(dw[torch.ones(61, dtype=torch.bool).index_fill(0, subset, False)])
+    loss, dx, dw = run(x, w, y, backend, class_subset=subset)
+    assert_true((loss, dx, dw[subset]), right)
+    assert is_zero(dw[torch.ones(61, dtype=torch.bool).index_fill(0, subset, False)])
 
 
 def _over_subset(
@@ -148,10 +131,10 @@ def test_a_strided_class_subset_gives_the_same_bits(
 def test_a_bad_class_subset_on_a_gpu_gives_nan_and_stays_within_memory(
     subset: list[int], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "_raises_at_once", lambda labels: False)  # as there, where nobody may wait
+    monkeypatch.setattr(ops, "on_cpu", lambda values: False)  # as there, where nobody may wait
     x, w, y = batch("random", 4, 21, 16)
     y = torch.tensor([0, 3, -100, 0])
-    loss, _, dw = _run(x, w, y, backend, class_subset=torch.tensor(subset), reduction="none")
+    loss, _, dw = run(x, w, y, backend, class_subset=torch.tensor(subset), reduction="none")
     assert loss.isnan().tolist() == [True, True, False, True]
     assert float(loss[2]) == 0
     assert dw.shape == w.shape
@@ -160,7 +143,7 @@ def test_a_bad_class_subset_on_a_gpu_gives_nan_and_stays_within_memory(
 def test_a_subset_of_all_classes_changes_nothing(backend: str) -> None:
     x, w, y = batch("mixed", 9, 61, 16)
     for got, right in zip(
-        _run(x, w, y, backend, class_subset=torch.arange(61)), _run(x, w, y, backend), strict=True
+        run(x, w, y, backend, class_subset=torch.arange(61)), run(x, w, y, backend), strict=True
     ):
         assert torch.equal(got, right)
 
@@ -187,155 +170,10 @@ def test_a_sparse_gradient_is_the_subsets_rows_of_the_dense_one(
     assert dense[2][subset].abs().amax(1).min() > 0
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("filling", [torch.nan, torch.inf, 0.0, 1e30])
-def test_ignored_rows_add_nothing_whatever_they_hold(filling: float, reduction: str, backend: str) -> None:
-    x, w, y = batch("mixed", 9, 21, 16)
-    right = truth(x, w, y, reduction=reduction)
-    order = torch.tensor([9, 0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 11])
-    padded = torch.cat([x, torch.full((3, 16), filling, dtype=F64)])[order]
-    labels = torch.cat([y, torch.full((3,), 255)])[order]
-    real = order < 9
-    loss, dx, dw = _run(padded, w, labels, backend, reduction=reduction, ignore_index=255)
-    assert _is_zero(dx[~real])
-    if reduction == "none":
-        assert _is_zero(loss[~real])
-        loss = loss[real]
-    _assert_true((loss, dx[real], dw), right)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("filling", [torch.nan, 1.0])
-def test_all_rows_ignored_is_loss_0_and_gradients_0(filling: float, reduction: str, backend: str) -> None:
-    x, w, _ = batch("random", 4, 21, 16)
-    labels = torch.full((4,), -100)
-    for value in _run(torch.full_like(x, filling), w, labels, backend, reduction=reduction):
-        assert _is_zero(value)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_an_empty_batch_is_loss_0_and_gradients_0(reduction: str, backend: str) -> None:
-    w = batch("random", 4, 21, 16)[1]
-    loss, dx, dw = _run(
-        torch.empty(0, 16), w, torch.empty(0, dtype=torch.int64), backend, reduction=reduction
-    )
-    assert loss.shape == ((0,) if reduction == "none" else ())
-    assert _is_zero(loss)
-    assert dx.shape == (0, 16)
-    assert _is_zero(dw)
-
-
-@pytest.mark.parametrize("target_gradient", TARGET_GRADIENTS)
-@pytest.mark.parametrize("kind", ["random", "near_centre", "opposite"])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_a_single_class_is_loss_0_and_gradients_0(
-    rows: int, kind: str, target_gradient: str, backend: str
-) -> None:
-    x, w, y = batch(kind, rows, 1, 8)
-    for scale in (1.0, 64.0, 256.0):
-        for value in _run(x, w, y, backend, scale=scale, target_gradient=target_gradient):
-            assert _is_zero(value)
-
-
-def test_a_shard_that_holds_only_the_target_of_some_rows_is_no_nan(backend: str) -> None:
-    x, w, _ = batch("random", 3, 9, 8)
-    subset = torch.tensor([4])
-    for value in _run(x, w, torch.full((3,), 4), backend, class_subset=subset):
-        assert _is_zero(value)
-
-
-def test_repeated_labels_add_up(backend: str) -> None:
-    x, w, _ = batch("random", 40, 21, 16)
-    for y in (torch.full((40,), 7), torch.arange(40) % 2 + 3):
-        _assert_true(_run(x, w, y, backend, reduction="sum"), truth(x, w, y, reduction="sum"))
-
-
-def _zeroed(x: Tensor, row: int) -> Tensor:
-    x = x.clone()
-    x[row] = 0
-    return x
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_a_row_of_zeros_has_no_gradient_and_a_finite_loss(scale: float, backend: str) -> None:
-    x, w, y = batch("random", 6, 21, 16)
-    x = _zeroed(x, 2)
-    right = truth(x, w, y, scale=scale, reduction="sum")
-    got = _run(x, w, y, backend, scale=scale, reduction="sum")
-    _assert_true(got, right)
-    assert _is_zero(got[1][2])
-    assert_rows_close(got[1], right[1], cap=4e-5)
-
-
-@pytest.mark.parametrize("length", [0.0, 1e-13, 9e-13])
-def test_a_centre_shorter_than_eps_has_no_gradient(length: float, backend: str) -> None:
-    x, w, y = batch("random", 12, 5, 16)
-    w = w.clone()
-    w[3] *= length / w[3].norm()
-    w = w.float().double()
-    for labels in (y, torch.full_like(y, 3)):  # as one of the negatives, and as the target
-        right = truth(x, w, labels, reduction="sum")
-        got = _run(x, w, labels, backend, reduction="sum")
-        _assert_true(got, right)
-        assert _is_zero(got[2][3])
-
-
-@pytest.mark.parametrize("workspace_bytes", [0, 2**20])
-def test_lengths_of_centres_from_1e_minus_6_to_1e3_mix(workspace_bytes: int, backend: str) -> None:
-    x, w, y = batch("mixed", 20, 41, 16)
-    lengths = 10 ** torch.linspace(-6, 3, 41, dtype=F64)[torch.randperm(41)]
-    w = (w / w.norm(dim=1, keepdim=True) * lengths[:, None]).float().double()
-    right = truth(x, w, y, reduction="sum")
-    loss, dx, dw = _run(x, w, y, backend, reduction="sum", workspace_bytes=workspace_bytes)
-    assert_close(loss, right[0], dtype=F32)
-    assert_close(dx, right[1], dtype=F32)
-    # Short centres have long gradients, which alone would decide the norm: make them equals.
-    assert_close(dw * lengths[:, None], right[2] * lengths[:, None], dtype=F32, what="dw·|w|")
-
-
-@pytest.mark.parametrize("length", [1e-10, 1e-9, 1e-6, 1e4, 1e15])
-def test_lengths_of_rows_and_centres_neither_overflow_nor_vanish(length: float, backend: str) -> None:
-    x, w, y = batch("random", 12, 21, 16)
-    x, w = (
-        (length * x / x.norm(dim=1, keepdim=True)).float().double(),
-        (length * w / w.norm(dim=1, keepdim=True)).float().double(),
-    )
-    right = truth(x, w, y, reduction="sum")
-    for workspace_bytes in (0, 2**20):
-        _assert_true(_run(x, w, y, backend, reduction="sum", workspace_bytes=workspace_bytes), right)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("whole_row", [False, True])
-def test_a_row_with_nan_or_inf_loses_its_own_loss_only(bad: float, whole_row: bool, backend: str) -> None:
-    x, w, y = batch("mixed", 9, 21, 16)
-    right = truth(x, w, y, reduction="none")
-    x = x.clone()
-    x[4] = torch.where(torch.arange(16) >= (0 if whole_row else 15), bad, x[4])
-    others = torch.arange(9) != 4
-    for workspace_bytes in (0, 2**20):
-        loss, dx, _ = _run(x, w, y, backend, reduction="none", workspace_bytes=workspace_bytes)
-        assert loss.isnan().tolist() == (~others).tolist()
-        assert_rows_close(loss[others], right[0][others], cap=2e-5, what="loss")
-        assert_rows_close(dx[others], right[1][others], cap=2e-5, what="dx")
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_centre_with_nan_makes_every_counted_loss_nan(bad: float, backend: str) -> None:
-    x, w, y = batch("random", 9, 21, 16)
-    w = w.clone()
-    w[3, 5] = bad
-    y[0], y[1] = -100, 3
-    loss, dx, _ = _run(x, w, y, backend, reduction="none")
-    assert loss.isnan().tolist() == [False, *[True] * 8]
-    assert float(loss[0]) == 0
-    assert _is_zero(dx[0])
-
-
 @pytest.mark.parametrize("frozen", ["embeddings", "weight", "both"])
 def test_only_what_wants_a_gradient_gets_one(frozen: str, backend: str) -> None:
     x, w, y = batch("random", 9, 21, 16)
-    right = _run(x, w, y, backend)
+    right = run(x, w, y, backend)
     a, b = leaves(x, w)
     a.requires_grad_(frozen == "weight")
     b.requires_grad_(frozen == "embeddings")
@@ -367,7 +205,7 @@ def test_no_grad_gives_the_same_loss(backend: str) -> None:
     with torch.no_grad():
         loss = loss_on(backend, a, b, y)
     assert not loss.requires_grad
-    assert torch.equal(loss, _run(x, w, y, backend)[0])
+    assert torch.equal(loss, run(x, w, y, backend)[0])
 
 
 @pytest.mark.parametrize("workspace_bytes", [0, 9 * 8 * 4, 2**20])
@@ -400,7 +238,7 @@ def test_a_second_backward_over_one_graph_gives_the_same_bits(
     for _ in range(2):
         again = torch.autograd.grad(loss, (a, b), retain_graph=True)
         assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
-    rerun = _run(x, w, y, backend, workspace_bytes=workspace_bytes)[1:]
+    rerun = run(x, w, y, backend, workspace_bytes=workspace_bytes)[1:]
     assert all(torch.equal(p, q) for p, q in zip(first, rerun, strict=True))
 
 
@@ -430,7 +268,7 @@ def test_row_weights_scale_each_row_by_its_own(backend: str) -> None:
         results.append((a.grad, b.grad))
     for right, got in zip(*results, strict=True):
         assert_close(got, right, dtype=F32)
-    assert _is_zero(results[1][0][[0, 5]])
+    assert is_zero(results[1][0][[0, 5]])
 
 
 def test_inputs_are_left_as_they_were(backend: str) -> None:

@@ -169,6 +169,15 @@ def test_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
         load_centres(path, head.weight, OPTIMIZERS["adamw"](head.parameters()))
     with pytest.raises(ValueError, match=r"expected the state \['exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'"):
         load_centres(saved(tmp_path), head.weight, torch.optim.Adam(head.parameters(), amsgrad=True))
+    # The other way, and where nothing is known of the state yet but that it is another's.
+    with pytest.raises(
+        ValueError, match=r"\['momentum_buffer'\] of SGD, got .* of AdamW; pass optimizer=None"
+    ):
+        load_centres(saved(tmp_path), head.weight, OPTIMIZERS["sgd"](head.parameters()))
+    with pytest.raises(
+        ValueError, match=r"expected the state of RMSprop, got \['exp_avg', .*\] of AdamW; pass"
+    ):
+        load_centres(path, head.weight, torch.optim.RMSprop(head.parameters()))
     with pytest.raises(ValueError, match="expected one that trains weight, got a SGD without it"):
         load_centres(path, head.weight, OPTIMIZERS["sgd"]([nn.Parameter(torch.zeros(1))]))
     assert not head.weight.any()
@@ -288,6 +297,11 @@ def test_metadata_is_strings(tmp_path: Path) -> None:
     odd: Any = {"epoch": 3}
     with pytest.raises(TypeError, match=r"metadata: expected strings by name, got {'epoch': 3}"):
         save_centres(tmp_path / "file", Head(C).weight, metadata=odd)
+    for none, told in (("3", "str '3'"), ("", "str ''"), (["epoch", "3"], r"list \['epoch', '3'\]")):
+        given: Any = none
+        message = f"metadata: expected strings by name, such as {{'epoch': '3'}}, got {told}"
+        with pytest.raises(TypeError, match=message):
+            save_centres(tmp_path / "file", Head(C).weight, metadata=given)
     assert not list(tmp_path.iterdir())
 
 

@@ -141,6 +141,43 @@ def test_a_hyperparameter_that_is_missing(tmp_path: Path) -> None:
     assert_refused(directory, adam, r"of the optimizer's group 0, got one without \['amsgrad', 'betas'")
 
 
+def adam_of(model: nn.ModuleDict) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=5.0)
+
+
+MOMENTUM, MOMENTS = r"\['momentum_buffer'\]", r"\['exp_avg', 'exp_avg_sq', 'step'\]"
+
+
+@pytest.mark.parametrize("had_stepped", [True, False])
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        (
+            one_group,
+            adam_of,
+            rf"of Adam .*; the state that was saved is {MOMENTUM}, that of Adam is {MOMENTS};",
+        ),
+        (
+            adam_of,
+            one_group,
+            rf"of SGD .*; the state that was saved is {MOMENTS}, that of SGD is {MOMENTUM};",
+        ),
+    ],
+)
+def test_another_kind_of_optimizer_is_told_by_its_state(
+    theirs: Make, ours: Make, message: str, had_stepped: bool, tmp_path: Path
+) -> None:
+    directory = saved(tmp_path, theirs)
+    model, optimizer = stepped(ours)
+    if not had_stepped:
+        optimizer.state.clear()
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match=message):
+        load_sharded(directory, model, optimizer)
+    assert_same(everything(model, optimizer), before)
+    load_sharded(directory, model)  # as the message says
+
+
 def test_what_a_scheduler_keeps_in_a_group_comes_along(tmp_path: Path) -> None:
     """`last_epoch=` of a scheduler that goes on wants it there."""
     model, optimizer = stepped(two_groups)

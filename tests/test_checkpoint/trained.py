@@ -98,3 +98,14 @@ def assert_is_truth(
             assert isinstance(value, DTensor) == isinstance(weight, DTensor)
             assert value.shape == weight.shape
             assert torch.equal(local(value), truth(name, num_classes, rows.dtype)[start:stop]), name
+
+
+def backbone() -> nn.Module:
+    made = nn.Linear(3, D)
+    with torch.no_grad():
+        made.weight.copy_(torch.arange(3.0 * D).reshape(D, 3) / 7)
+    return made
+
+
+def model_of(num_classes: int, group: dist.ProcessGroup | None) -> nn.ModuleDict:
+    return nn.ModuleDict({"backbone": backbone(), "head": Head(num_classes, group)})

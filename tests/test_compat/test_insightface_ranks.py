@@ -335,7 +335,10 @@ def go_on_from_files(group: dist.ProcessGroup, folder: Path) -> None:
     if rank != 1:
         other = torch.load(folder / "checkpoint_gpu_1.pt", weights_only=True)["state_dict_softmax_fc"]
         if other["weight"].shape != module.weight.shape:
-            with pytest.raises(RuntimeError, match="size mismatch for weight"):
+            with pytest.raises(
+                RuntimeError,
+                match=r"weight: expected a tensor .*load_centres what save_centres or InsightFace",
+            ):
                 module.load_state_dict(other)
 
 

@@ -277,6 +277,13 @@ def test_what_the_library_has_not_is_refused(case: str) -> None:
         to_loss(build())
 
 
+def test_what_is_no_head_is_refused_by_its_type() -> None:
+    no_head: Any
+    for no_head, name in ((3, "int"), (nn.Linear(D, C), "Linear")):
+        with pytest.raises(TypeError, match=f"^head: expected a MarginSoftmaxHead, got {name}$"):
+            to_loss(no_head)
+
+
 def test_a_loss_that_does_not_fit_is_left_alone() -> None:
     head = head_of(NormFace(), dtype=torch.float64)
     wrong = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.tolerances import CLIPPED, SUM_ORDER, relative_error
 
 B, C, D = 8, 60, 16
 RATE = 0.5
+PAGE = Path(__file__).parents[2] / "docs" / "partial_fc.md"
 LR, MOMENTUM, DECAY = 0.05, 0.9, 0.1
 
 
@@ -245,6 +247,22 @@ def test_plain_sgd_does_the_same_with_both() -> None:
         head = sampled(sparse_grad=sparse_grad)
         by_kind.append(two_steps(head, torch.optim.SGD(head.parameters(), LR))[0][2])
     assert relative_error(*by_kind) <= SUM_ORDER
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
+def test_torch_decays_nothing_with_sparse_gradients_as_the_page_says(optimizer: Any) -> None:
+    x, y = rows()
+    head, backbone = sampled(sparse_grad=True), nn.Linear(D, D)
+    head(backbone(x), y).backward()
+    with pytest.raises(RuntimeError) as raised:
+        optimizer(head.parameters(), lr=LR, weight_decay=DECAY).step()
+    said = str(raised.value).partition(". ")[0]
+    assert f'{optimizer.__name__} "{said}"' in PAGE.read_text().replace("\n", " ")
+    # What to do, says the page: centres in a group of their own.
+    groups = [{"params": backbone.parameters()}, {"params": head.parameters(), "weight_decay": 0.0}]
+    before = head.weight.detach().clone()
+    optimizer(groups, lr=LR, weight_decay=DECAY).step()
+    assert torch.equal((head.weight != before).any(1), is_in(sample_of(0)))
 
 
 def test_a_sparse_gradient_is_clipped_with_the_others() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from expface_kernels import ExpFace, MarginSoftmaxHead
+from expface_kernels.compat.insightface import PartialFC_V2
 from expface_kernels.partial_fc.centres import SEED_ROWS, initialize
 from expface_kernels.partial_fc.ranges import ClassRange, shard_ranges
 from tests.distributed import run_ranks
@@ -104,6 +105,47 @@ def test_a_sharded_head_is_a_module_like_any_other() -> None:
     results = run_ranks(WORLD, head_as_a_module)
     assert len({found["loss"] for found in results}) == 1
     assert re.search(r"ExpFace\(m=0.5\).*, sample_rate=0.9, classes 2 to 4 of rank 1, ", results[1]["shown"])
+
+
+def loading(group: Any) -> list[str]:
+    """What a rank is told that loads states of other heads; its centres stay."""
+    whole, head = MarginSoftmaxHead(D, C), MarginSoftmaxHead(D, C, process_group=group, seed=1)
+    theirs = PartialFC_V2(ExpFace(), D, C, process_group=group)
+    before = head.local_weight.clone(), theirs.weight.detach().clone()
+    told = []
+    for module, prefix, options in (
+        (head, "", {}),
+        (head, "", {"assign": True}),
+        (nn.ModuleDict({"head": head}), "head.", {"strict": False}),
+        (theirs, "", {}),
+    ):
+        state = {f"{prefix}{name}": value for name, value in whole.state_dict().items()}
+        with pytest.raises(RuntimeError) as raised:
+            module.load_state_dict(state, **options)
+        told.append(str(raised.value))
+    assert torch.equal(head.local_weight, before[0])
+    assert torch.equal(theirs.weight, before[1])
+    with torch.no_grad():  # docs/checkpoints.md
+        stop = head.class_start + head.num_local
+        head.local_weight.copy_(whole.state_dict()["weight"][head.class_start : stop])
+    assert torch.equal(head.weight.full_tensor(), whole.weight)
+    return told
+
+
+def test_a_state_with_all_classes_says_what_loads_it() -> None:
+    for rank, told in enumerate(run_ranks(WORLD, loading)):
+        for text, key in zip(told, ("weight", "weight", "head.weight", "weight"), strict=True):
+            assert f"\t{key}: expected a " in text
+            assert "got a tensor (5, 8)" in text
+            assert text.count("\n") == 1, "nothing else is missing"
+            for name in ("load_sharded", "load_centres", "docs/checkpoints.md"):
+                assert name in text
+        start, size = shard_ranges(C, WORLD)[rank]
+        assert (
+            f"expected a DTensor (5, 8), as this rank's own state_dict() has it, with its {size} classes"
+            in told[0]
+        )
+        assert f" from {start} on" in told[0]
 
 
 def an_empty_batch(group: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ B rows of a rank · N rows of all ranks · F features of an image · D of an emb
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -271,6 +272,27 @@ def test_a_scaler_is_told_its_group() -> None:
         GradScaler("cpu")  # type: ignore[call-arg]
 
 
+def without_a_gpu(group: Any) -> list[tuple[bool, bool]]:
+    """Of "cuda" and of "cpu": is it enabled, does it skip a step whose gradient is Inf?"""
+    found = []
+    for device in ("cuda", "cpu"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.cuda.amp.GradScaler is enabled, but CUDA is not")
+            scaler = GradScaler(device, process_group=group)
+        parameter = nn.Parameter(torch.ones(1))
+        scaler.scale(parameter.sum()).backward()
+        parameter.grad = torch.full((1,), torch.inf)
+        scaler.step(torch.optim.SGD([parameter], lr=0.1))
+        found.append((scaler.is_enabled(), bool(parameter == 1)))
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_where_there_is_no_gpu_a_scaler_for_one_is_off() -> None:
+    """As docs/migrate.md warns."""
+    assert run_ranks(1, without_a_gpu) == [[(False, False), (True, True)]]
+
+
 @pytest.mark.parametrize("norm_type", NORMS)
 def test_one_process_clips_as_torch_does(norm_type: float) -> None:
     for limit in LIMITS:
@@ -303,4 +325,26 @@ def test_one_process_clips_as_torch_does(norm_type: float) -> None:
 def test_arguments_of_clipping_are_checked(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match="expected") as raised:
         clip_grad_norm_([], **options)
+    assert str(raised.value) == text
+
+
+ONE_OR_MORE = "expected a tensor or an iterable of tensors, got"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "text"),
+    [
+        ((3, 1.0), {}, f"parameters: {ONE_OR_MORE} int"),
+        ((nn.Linear(1, 1), 1.0), {}, f"parameters: {ONE_OR_MORE} Linear; pass its parameters()"),
+        (([torch.ones(1), 3], 1.0), {}, "parameters: expected tensors, got int at index 1"),
+        (([], 1.0), {"sharded": 3}, f"sharded: {ONE_OR_MORE} int"),
+        (([], "large"), {}, "max_norm: expected a number, got str 'large'"),
+        (([], 1.0, None), {}, "norm_type: expected a number, got NoneType None"),
+    ],
+)
+def test_what_clipping_does_not_take_is_named(
+    arguments: tuple[Any, ...], options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(TypeError, match="expected") as raised:
+        clip_grad_norm_(*arguments, **options)
     assert str(raised.value) == text
