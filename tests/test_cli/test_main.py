@@ -49,6 +49,7 @@ def _process(code: str) -> subprocess.CompletedProcess[str]:
         (["gradcheck", "--rows", "0"], "rows"),
         (["gradcheck", "--classes", "many"], "many"),
         (["gradcheck", "--features", "1.5"], "1.5"),
+        (["gradcheck", "--features", "1"], "features: expected at least 2, got 1"),
         (["gradcheck", "--scale", "nan"], "scale"),
         (["gradcheck", "--batches", "hard"], "hard"),
         (["gradcheck", "--device", "nowhere"], "nowhere"),
@@ -142,6 +143,16 @@ def test_a_margin_that_is_wrong_fails_with_exit_code_1() -> None:
     assert "FAILED random: finite differences" in done.stdout
     assert "FAILED random: margin's slope" in done.stdout
     assert done.stdout.count("FAILED") == 4  # both in the table, and in words
+
+
+def test_a_margin_that_takes_float64_alone_is_judged_and_so_it_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["--margin", "tests.test_cli.own_margins:OfATable", *SMALL, "--batches", "random"]
+    assert _main("gradcheck", *argv) == 0
+    assert "takes no float32 angles: eager's psi is computed in float64." in capsys.readouterr().out
+    assert _main("gradcheck", *argv, "--dtype", "float64") == 0
+    assert "angles" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(triton.interpreted(), reason="this process has it")
