@@ -15,13 +15,17 @@ COMMANDS = {
     "readme": ("bench.commands.readme", "main"),
 }
 SINGLE = ("bench.commands.single", "main")
+QUICK = "--quick"
+"""Asks for the quick sweep, with or without the word "sweep" before it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Of the command that the first argument names; without one, the benchmark of a single case."""
+    """Of the command that the first argument names; without one, the quick sweep or a single case."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    named = bool(argv) and argv[0] in COMMANDS
-    module, function = COMMANDS[argv.pop(0)] if named else SINGLE
+    if argv and argv[0] in COMMANDS:
+        module, function = COMMANDS[argv.pop(0)]
+    else:
+        module, function = COMMANDS["sweep"] if QUICK in argv else SINGLE
     code: int = getattr(importlib.import_module(module), function)(argv)
     return code
 

@@ -163,7 +163,7 @@ def _conditions(result: Result | Sweep) -> dict[str, Any]:
 
 
 def print_comparison(comparison: Comparison, out: Output) -> None:
-    """Every number that both have, the worst first, and what only the first has."""
+    """Every number that both have, the worst first, and what only the first has; last the verdict."""
     for warning in comparison.warnings:
         out.line(warning)
     rows = []
@@ -175,15 +175,20 @@ def print_comparison(comparison: Comparison, out: Output) -> None:
         worse = "WORSE" if change.worse else ""
         of = describe_case(change.case) + ("" if change.case.backward else ", forward alone")
         rows.append([f"{change.peer}: {of}", f"{change.before * scale:.4g} {unit}", after, grown, worse])
+    out.line(
+        f"WORSE marks what failed, is more than {comparison.threshold:.0%} slower, or holds as much more "
+        f"memory and {LEAST_BYTES / 1e6:g} MB on top."
+    )
     out.table(
         "From the first file to the second",
         ["head and case", "before", "after", "change", ""],
         rows,
-        f"worse: failed, more than {comparison.threshold:.0%} slower, or as much larger and "
-        f"{LEAST_BYTES / 1e6:g} MB",
+        "",
     )
     for line in comparison.regressions:
         out.line(f"REGRESSION: {line}")
+    if not comparison.regressions:
+        out.line("No regression.")
 
 
 def _growth(change: Change) -> float:

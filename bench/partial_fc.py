@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import machine
+from bench.commands.options import file_to_write
 from bench.measure import Spread, no_garbage_collection, turn
 from bench.memory import resident_growth, unavailable
 from expface_kernels import MarginSoftmaxHead, reference
@@ -232,8 +233,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
-    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
-        parser.error(f"--json: expected a file in a folder that exists, got {options.json}")
+    try:
+        if options.json is not None:
+            file_to_write("--json", options.json)
+    except ValueError as error:
+        parser.error(str(error))
     sizes = TOY if options.toy else Sizes()
     reason = wrong(sizes)
     if reason is not None:

@@ -209,7 +209,9 @@ def shared(results: Path) -> str:
 def memory(results: Path) -> str:
     """Peak extra memory against classes, at the shape of the single run's sweep."""
     result = _single(results, MAIN)
-    entries = [] if result is None else [e for e in result.memory if e.case != result.case]
+    if result is None:
+        return ""
+    entries = [entry for entry in result.memory if entry.case != result.case]
     if not entries:
         return ""
     cases = list(dict.fromkeys(entry.case for entry in entries))
@@ -219,11 +221,12 @@ def memory(results: Path) -> str:
         label = OURS.get(peer, next(entry.label for entry in entries if entry.peer == peer))
         rows.append([label, *(_held(found.get((peer, case))) for case in cases)])
     first = cases[0]
-    return (
-        f"Peak extra memory of a step beside inputs and the two gradients, B = {first.rows:,}, "
-        f"D = {first.features:,}, in MB:\n\n"
-        + _table(["head", *(f"C = {case.classes:,}" for case in cases)], rows)
+    prose = _prose(
+        f"`{_without_json(result.command)}` measures memory too, each number in a process of its own: peak "
+        f"extra memory of a step beside inputs and the two gradients, B = {first.rows:,}, "
+        f"D = {first.features:,}, in MB ({_link(MAIN)}):"
     )
+    return f"{prose}\n\n" + _table(["head", *(f"C = {case.classes:,}" for case in cases)], rows)
 
 
 def _held(entry: Memory | None) -> str:

@@ -15,10 +15,10 @@ from bench.plans import Preset
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Says what is wrong, and which command's options count, in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bench: {message}\n")
+        self.exit(2, f"bench: {message} (see {self.prog} --help)\n")
 
 
 def add_peers(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from expface_kernels.margins import TARGET_GRADIENTS
 
 ROUNDS, RUNS = 9, 3
 TOY_ROUNDS, TOY_RUNS = 3, 1
+TOY_NOTE = "A toy run: it shows that everything works and agrees. Timings at this size mean nothing."
 KIND = ("margin", "scale", "target_gradient", "device", "dtype", "autocast")  # what makes a case's kind
 SHAPE = ("rows", "classes", "features")
 # Of --model, which measures nothing: everything else would be ignored.
@@ -31,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m bench",
         description="Seconds and memory of the loss head against its peers at one shape.",
-        epilog="python -m bench COMMAND --help, with COMMAND one of sweep, gpu, compare, plots, readme.",
+        epilog="python -m bench COMMAND --help, with COMMAND one of sweep, gpu, compare, plots, readme; "
+        "python -m bench --quick is python -m bench sweep --quick, which ends within 2 minutes.",
     )
     p.add_argument(
         "--toy", action="store_true", help="a tiny case, few rounds: does everything work and agree?"
@@ -179,5 +181,8 @@ def main(argv: Sequence[str]) -> int:
         result = run(plan, progress)
     if options.json is not None:
         options.json.write_text(result.to_json())
-    print_report(result, show.output())
+    out = show.output()
+    print_report(result, out)
+    if options.toy:
+        out.line(TOY_NOTE)
     return 0 if result.ok else 1

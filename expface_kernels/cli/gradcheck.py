@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--target-gradient", choices=TARGET_GRADIENTS, default="exact")
     parser.add_argument("--rows", type=count, default=32, metavar="B")
     parser.add_argument("--classes", type=count, default=1031, metavar="C")
-    parser.add_argument("--features", type=count, default=256, metavar="D")
+    parser.add_argument("--features", type=count, default=256, metavar="D", help="at least 2")
     parser.add_argument("--scale", type=float, default=64.0, metavar="S")
     parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--batches", nargs="+", choices=KINDS, default=DEFAULT_KINDS, metavar="KIND",
@@ -140,6 +140,11 @@ def print_report(report: GradientReport, out: Console) -> None:
         "times what eager PyTorch makes in this dtype, or 1e-6, and never more than the dtype's cap.",
         soft_wrap=True,
     )
+    if s["eager_psi"] != s["dtype"]:
+        out.print(
+            f"The margin takes no {s['dtype']} angles: eager's psi is computed in {s['eager_psi']}.",
+            soft_wrap=True,
+        )
     for line in report.failures():
         out.print(f"FAILED {escape(line)}", soft_wrap=True)
     if report.passed:

@@ -11,9 +11,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from expface_kernels import machine
 from expface_kernels.cli.common import add_json, console, count, gigabytes, table, whole, write_json
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.plan import DEVICES, OPTIMIZERS, Advice, Job, Plan, Rates, advise, calibrate, plan
+from expface_kernels.plan.gpu import gpu_of
 from expface_kernels.plan.job import AUTOCASTS, DTYPES
 from expface_kernels.plan.memory import tiles_of
 
@@ -61,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
     found = plan(job, rates)
     advice = advise(found, rates)
     write_json(options.json, to_dict(found, advice, rates))
-    print_plan(found, advice, rates, console())
+    print_plan(found, advice, rates, options.gflops is not None, console())
     return 0 if found.fits else 1
 
 
@@ -100,20 +102,13 @@ def to_dict(found: Plan, advice: Advice, rates: Rates | None) -> dict[str, Any]:
     }
 
 
-def print_plan(found: Plan, advice: Advice, rates: Rates | None, out: Console) -> None:
+def print_plan(found: Plan, advice: Advice, rates: Rates | None, given: bool, out: Console) -> None:
+    """given: whether the rates are the user's own."""
     job = found.job
     out.print(escape(job.describe()), soft_wrap=True)
     out.print(_memory(found))
     out.print(_work(found))
-    if rates is None:
-        out.print(
-            "A roofline over the launches that the triton backend makes, and the optimizer's operators."
-        )
-    else:
-        out.print(
-            f"At {rates.flops / 1e9:.3g} GFLOP/s of products and {rates.bandwidth / 1e9:.3g} GB/s of memory, "
-            f"{rates.fresh / 1e9:.3g} where it is fresh."
-        )
+    out.print(escape(_speeds(job, rates, given)), soft_wrap=True)
     out.print(_changes(found, advice))
     fits = "fits" if found.fits else "does not fit"
     out.print(
@@ -121,6 +116,23 @@ def print_plan(found: Plan, advice: Advice, rates: Rates | None, out: Console) -
         f"devices: {advice.smallest_ranks or 'no number fits'}."
     )
     out.print(f"To change first: {advice.first}.", soft_wrap=True)
+
+
+def _speeds(job: Job, rates: Rates | None, given: bool) -> str:
+    """Which backend's work the milliseconds are, at which rates, and where those come from."""
+    if rates is None:
+        gpu = gpu_of(job.device)
+        return (
+            "A roofline over the triton backend's launches and the optimizer's operators, at rates taken to "
+            f"be in reach of {DEVICES[job.device].title}, not measured here: {gpu.half:g} TFLOP/s in 16 bit, "
+            f"{gpu.tf32:g} in tf32, {gpu.float32:g} in float32, {gpu.bandwidth:g} TB/s of memory."
+        )
+    here = f"as measured on this {machine.cpu_model()}, {torch.get_num_threads()} threads"
+    return (
+        f"The cpu backend at {rates.flops / 1e9:.3g} GFLOP/s of products and "
+        f"{rates.bandwidth / 1e9:.3g} GB/s of memory, {rates.fresh / 1e9:.3g} where it is fresh: "
+        f"{'as given' if given else here}."
+    )
 
 
 def _memory(found: Plan) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from expface_kernels.plan.devices import Rates, calibrate
-from expface_kernels.plan.job import Job
+from expface_kernels.plan.job import LARGEST, Job
 from expface_kernels.plan.memory import Item, divided_bytes, items_of, peak_bytes, tiles_of
 from expface_kernels.plan.optimizers import FUSED, SPARSE_TEMPORARY
 from expface_kernels.plan.seconds import Work, work_of
@@ -108,7 +109,9 @@ def smallest_ranks(job: Job) -> int | None:
         return None
 
     @functools.cache
-    def peak(ranks: int) -> int:
+    def peak(ranks: int) -> float:
+        if ranks > job.most_ranks:
+            return math.inf
         return peak_bytes(items_of(_on(job, ranks)))
 
     def fits(ranks: int) -> bool:
@@ -147,13 +150,14 @@ def _changes(job: Job, smallest: int | None) -> list[tuple[str, Job]]:
     found: list[tuple[str, dict[str, Any]]] = []
     if job.workspace_bytes:
         found.append(("workspace_bytes=0", {"workspace_bytes": 0}))
-    everything = job.rows * job.active_classes * 8
+    everything = 8 * min(job.rows * job.active_classes, LARGEST)
     if job.workspace_bytes < everything:
         found.append((KEEP_ALL, {"workspace_bytes": everything}))
     if job.optimizer in FUSED and not job.fused and not job.sparse_grad:
         found.append((FUSED_NAME, {"fused": True}))
     ranks = smallest if smallest is not None and smallest > job.ranks else 2 * job.ranks
-    found.append((f"{ranks} devices", {"ranks": ranks}))
+    if ranks <= job.most_ranks:
+        found.append((f"{ranks} devices", {"ranks": ranks}))
     if job.device != "cpu" and job.autocast is None and job.dtype == "float32":
         found.append((AUTOCAST, {"autocast": "bfloat16"}))
     if job.optimizer in LIGHTER:

@@ -20,6 +20,8 @@ from expface_kernels.plan.optimizers import FUSED, OPTIMIZERS, SPARSE_TEMPORARY
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 AUTOCASTS = ("bfloat16", "float16")
+LARGEST = 2**59
+"""Numbers of a tensor, at most: torch counts its bytes, 8 a number, in 63 bits."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,20 @@ class Job:
                 f"fused: expected an optimizer of {FUSED}, dense gradients, got {self.optimizer}"
             )
         self._check_sparse()
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """That there can be tensors of centres, of all ranks' rows, of a rank's logits, and its workspace."""
+        rows = "batch" if self.ranks == 1 else "batch · ranks"
+        for name, size in (
+            ("classes · features", self.classes * self.features),
+            (f"{rows} · features", self.rows * self.features),
+            ("batch · classes", self.batch * self.classes),
+            ("workspace_bytes / 8", self.workspace_bytes // 8),
+        ):
+            if size > LARGEST:
+                about = f"some 10**{len(str(size)) - 1}"  # it may be too large for a float
+                raise ValueError(f"{name}: expected at most 2**59, which a tensor can hold, got {about}")
 
     def _check_sparse(self) -> None:
         sparse_only = self.optimizer == "sparse-adam"
@@ -91,6 +107,11 @@ class Job:
                 f"sparse_grad: expected an optimizer of {tuple(SPARSE_TEMPORARY)} without weight decay, got "
                 f"{self.optimizer} with {self.weight_decay:g}"
             )
+
+    @property
+    def most_ranks(self) -> int:
+        """Of which a tensor can hold all rows."""
+        return LARGEST // (self.batch * self.features)
 
     @property
     def rows(self) -> int:

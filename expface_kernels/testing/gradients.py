@@ -21,7 +21,7 @@ from expface_kernels.margins import ExpFace, MarginFunction
 from expface_kernels.testing import policy
 from expface_kernels.testing.batches import KINDS, batch
 from expface_kernels.testing.differences import difference_error, frozen, slope_error
-from expface_kernels.testing.yardsticks import Results, backward, eager, leaves, truth
+from expface_kernels.testing.yardsticks import Results, backward, eager, eager_margin, leaves, truth
 
 NAMES = ("loss", "dx", "dw")
 DEFAULT_KINDS = ("random", "near_centre", "opposite", "learnt", "spread")
@@ -106,6 +106,10 @@ class _Setting:
     """The arguments of `check_gradients`, checked."""
 
     margin: MarginFunction
+    eager_margin: MarginFunction
+    """As the textbook calls it."""
+    eager_psi: torch.dtype
+    """What the textbook computes psi in."""
     target_gradient: str
     scale: float
     dtype: torch.dtype
@@ -134,9 +138,10 @@ class _Setting:
         rows, classes, features = self.shape
         return {
             "margin": repr(self.margin),
+            "eager_psi": _name(self.eager_psi),
             "target_gradient": self.target_gradient,
             "scale": self.scale,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": _name(self.dtype),
             "backend": self.backend,
             "device": self.device,
             "rows": rows,
@@ -145,6 +150,10 @@ class _Setting:
             "seed": self.seed,
             "workspace_bytes": self.workspace_bytes,
         }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_gradients(
@@ -170,7 +179,8 @@ def check_gradients(
         target_gradient, scale, backend, workspace_bytes: as in `margin_cross_entropy`.
         dtype: of rows and centres; the truth is taken at their values as stored.
         device: where the backend computes; truth and differences are made on the CPU.
-        rows, classes, features: B, C, D.
+        rows, classes, features: B, C, D; D at least 2, since with one feature both gradients are zero and an
+            error has nothing to be measured by.
         kinds: of `testing.KINDS`: "random", "near_centre", "opposite", "learnt", "spread", "mixed",
             "wrong_class".
         seed: of the batches.
@@ -184,6 +194,9 @@ def check_gradients(
     differences of psi, at the rows' angles and on a grid over (0, π), with the worst angle: "detached" does
     not use it.
 
+    A margin need only take float64 angles, as the package calls it. For one that takes no others the textbook
+    computes psi in float64, and the report's setting says so ("eager_psi").
+
     A margin may jump or bend: rows close by are left out of the finite differences, and psi's own are taken
     from both sides.
 
@@ -193,8 +206,8 @@ def check_gradients(
     margin = ExpFace() if margin is None else margin
     check_scale(scale)
     check_options(margin, "none", -100, target_gradient, 0.0, workspace_bytes)
-    for name, value in (("rows", rows), ("classes", classes), ("features", features)):
-        check_integer(name, value, least=1)
+    for name, value, least in (("rows", rows, 1), ("classes", classes, 1), ("features", features, 2)):
+        check_integer(name, value, least)
     check_integer("seed", seed)
     backends.check_name(backend)
     if dtype not in FLOATS:
@@ -206,8 +219,8 @@ def check_gradients(
     like = torch.empty(0, dtype=dtype, device=device)
     name = backends.resolve(backend, like, like)
     setting = _Setting(
-        margin, target_gradient, scale, dtype, name, device, (rows, classes, features), seed,
-        workspace_bytes, function,
+        margin, *eager_margin(margin, rows, dtype), target_gradient, scale, dtype, name, device,
+        (rows, classes, features), seed, workspace_bytes, function,
     )  # fmt: skip
     return GradientReport(setting.told(), tuple(_check_batch(setting, kind) for kind in kinds))
 
@@ -257,7 +270,7 @@ def _factor(right: Results, dtype: torch.dtype) -> float:
 
 def _eager(setting: _Setting, x: Tensor, w: Tensor, y: Tensor, factor: float) -> Results:
     return eager(
-        x, w, y, setting.margin, dtype=setting.dtype, factor=factor, reduction="none", **setting.options
+        x, w, y, setting.eager_margin, dtype=setting.dtype, factor=factor, reduction="none", **setting.options
     )
 
 

@@ -63,6 +63,22 @@ def textbook_loss(
     return F.cross_entropy(scale * cos.index_put((rows, y), psi), y, reduction=reduction)
 
 
+def eager_margin(margin: MarginFunction, rows: int, dtype: torch.dtype) -> tuple[MarginFunction, torch.dtype]:
+    """(margin as the textbook in `dtype` calls it, with what it then computes psi in).
+
+    The package hands a margin float64 angles alone. One that takes no others, or whose slope does not, is
+    given the textbook's angles in float64. The margin is tried with B = `rows` of them.
+    """
+    theta = torch.linspace(0.0, torch.pi, rows, dtype=torch.float64).to(dtype).requires_grad_()
+    try:
+        psi = margin(theta)
+        if psi.requires_grad:
+            torch.autograd.grad(psi.sum(), theta, allow_unused=True)
+    except Exception:  # a user's own code may raise anything
+        return lambda angles: margin(angles.double()), torch.float64
+    return margin, dtype
+
+
 def eager(
     x: Tensor,
     w: Tensor,

@@ -60,6 +60,9 @@ def test_only_what_got_worse_beyond_the_threshold_counts(
     out = capsys.readouterr().out
     assert ("REGRESSION: ours" in out) == bool(code)
     assert "REGRESSION: eager" not in out
+    verdict = "REGRESSION: ours" if code else "No regression."
+    assert out.splitlines()[-1].startswith(verdict)
+    assert ("No regression" in out) != bool(code)
 
 
 def test_single_cases_compare_too_and_a_wrong_answer_is_a_regression(

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import allocator, cuda, memory, peers
+from bench import allocator, cuda, memory, peers, plans
 from bench.__main__ import main as bench_main
 from bench.cases import TOY
-from bench.commands.single import TOY_ROUNDS
+from bench.commands.single import TOY_NOTE, TOY_ROUNDS
 from bench.peers.base import terms
 from bench.result import Result
+from bench.sweep import Plan
 from bench.sweep_result import Sweep
 from tests.test_bench import strange_peers
 
@@ -106,6 +107,35 @@ def test_bad_input_of_a_sweep_is_one_line_too(
     assert err.startswith("bench: ")
     assert err.count("\n") == 1
     assert named in err
+
+
+@pytest.mark.parametrize("argv", [["--quick", "--rounds", "1"], ["--rounds", "1", "--quick"]], ids=str)
+def test_quick_alone_is_the_quick_sweep(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Plan] = []
+
+    def noted(plan: Plan, path: Path | None) -> tuple[None, int]:
+        asked.append(plan)
+        return None, 0
+
+    monkeypatch.setattr("bench.commands.sweep._run", noted)
+    assert _main(*argv) == 0
+    assert _main("sweep", *argv) == 0
+    assert asked[0] == asked[1]
+    assert (asked[0].seconds, asked[0].rounds) == (plans.QUICK.seconds, 1)
+    assert {stop.case for stop in asked[0].stops} <= set(plans.QUICK.grid.cases())
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"), [(["--toy"], "--toy: not allowed with"), (["--runs", "2"], "arguments: --runs 2")]
+)
+def test_what_quick_cannot_be_combined_with_is_one_line(
+    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main("--quick", *argv) == 2
+    err = capsys.readouterr().err
+    assert named in err
+    assert err.endswith("(see python -m bench sweep --help)\n")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("argv", [[], ["sweep"]], ids=["single", "sweep"])
@@ -202,3 +232,5 @@ def test_the_toy_command_runs_to_its_end(tmp_path: Path) -> None:
     assert set(result.skipped) == set(peers.PEERS) - set(here)
     assert {len(seconds) for seconds in result.runs[0].values()} == {TOY_ROUNDS}
     assert "Peak extra memory" in done.stdout
+    assert done.stdout.splitlines()[-1] == TOY_NOTE
+    assert "mean nothing" in TOY_NOTE

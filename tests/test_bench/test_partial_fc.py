@@ -59,6 +59,8 @@ def test_a_wrong_step_is_not_timed(
         (["--json", "no/such/folder/x.json"], "--json"),
         (["--json", "."], "--json"),
         (["--sizes"], "sizes"),
+        (["--classes", "0"], "--classes 0"),
+        (["--rounds", "many"], "many"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -71,3 +73,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert err.startswith("bench.partial_fc: ")
     assert named in err
     assert err.count("\n") == 1
+
+
+def test_a_file_that_may_not_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.commands.options.os.access", lambda path, mode: False)
+    with pytest.raises(SystemExit) as stop:
+        partial_fc.main(["--toy", "--json", str(tmp_path / "x.json")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"bench.partial_fc: --json: {tmp_path} cannot be written\n"

@@ -101,7 +101,16 @@ def _results(folder: Path) -> Path:
     [
         ("speed", ["| **this package** (exact) |", "| 4.50, 3.00 |", "run 2"]),
         ("shared", ["**this package** 4.50 and 3.00"]),
-        ("memory", ["C = 1,000,000", "| 4 |", "not measured"]),
+        (
+            "memory",
+            [
+                "`python -m bench --toy` measures memory too",
+                f"(bench/results/{readme.MAIN})",
+                "C = 1,000,000",
+                "| 4 |",
+                "not measured",
+            ],
+        ),
         ("sweep", ["classes-seconds.png", "C^1.00", "4.0 bytes a class", "python -m bench sweep --quick`"]),
         (
             "sampled",

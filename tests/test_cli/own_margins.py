@@ -1,4 +1,4 @@
-"""A margin as a user might write it, with a fault that only finite differences see."""
+"""Margins as a user might write them: one with a fault that only finite differences see, two in float64."""
 
 from __future__ import annotations
 
@@ -29,4 +29,37 @@ class WrongSlope:
 
     def __call__(self, theta: Tensor) -> Tensor:
         psi: Tensor = _Cosine.apply(theta, self.share)
+        return psi
+
+
+class OfATable:
+    """cos θ less a polynomial of θ, whose float64 coefficients multiply no other dtype."""
+
+    def __init__(self) -> None:
+        self.table = torch.tensor([0.0, 0.1, 0.02], dtype=torch.float64)
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        powers = torch.stack([theta**k for k in range(3)], dim=1)
+        return torch.cos(theta) - powers @ self.table
+
+
+class _OnlyFloat64(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor) -> Tensor:
+        ctx.save_for_backward(theta)
+        return torch.cos(theta)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (theta,) = ctx.saved_tensors
+        if theta.dtype != torch.float64:
+            raise TypeError(f"expected float64 angles, got {theta.dtype}")
+        return -g * torch.sin(theta)
+
+
+class SlopeInFloat64:
+    """cos θ, whose slope alone takes no other dtype."""
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        psi: Tensor = _OnlyFloat64.apply(theta)
         return psi

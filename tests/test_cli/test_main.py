@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from expface_kernels import machine
 from expface_kernels.__main__ import COMMANDS, main
 from expface_kernels.backends import triton
+from expface_kernels.backends.triton.costs import GPUS
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--rows", "6", "--classes", "33", "--features", "16"]
@@ -49,6 +51,7 @@ def _process(code: str) -> subprocess.CompletedProcess[str]:
         (["gradcheck", "--rows", "0"], "rows"),
         (["gradcheck", "--classes", "many"], "many"),
         (["gradcheck", "--features", "1.5"], "1.5"),
+        (["gradcheck", "--features", "1"], "features: expected at least 2, got 1"),
         (["gradcheck", "--scale", "nan"], "scale"),
         (["gradcheck", "--batches", "hard"], "hard"),
         (["gradcheck", "--device", "nowhere"], "nowhere"),
@@ -57,6 +60,7 @@ def _process(code: str) -> subprocess.CompletedProcess[str]:
         (["gradcheck", "--json", "no/such/directory/x.json"], "no/such/directory"),
         (["plan"], "classes"),
         (["plan", "--classes", "-3"], "classes"),
+        (["plan", "--classes", "1000000000000000000", "--device", "h100"], "classes · features"),
         (["plan", "--classes", "1M", "--device", "h1000"], "h1000"),
         (["plan", "--classes", "1M", "--optimizer", "lion"], "lion"),
         (["plan", "--classes", "1M", "--optimizer", "sparse-adam"], "sparse_grad"),
@@ -144,6 +148,16 @@ def test_a_margin_that_is_wrong_fails_with_exit_code_1() -> None:
     assert done.stdout.count("FAILED") == 4  # both in the table, and in words
 
 
+def test_a_margin_that_takes_float64_alone_is_judged_and_so_it_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["--margin", "tests.test_cli.own_margins:OfATable", *SMALL, "--batches", "random"]
+    assert _main("gradcheck", *argv) == 0
+    assert "takes no float32 angles: eager's psi is computed in float64." in capsys.readouterr().out
+    assert _main("gradcheck", *argv, "--dtype", "float64") == 0
+    assert "angles" not in capsys.readouterr().out
+
+
 @pytest.mark.skipif(triton.interpreted(), reason="this process has it")
 def test_the_triton_backend_is_judged_in_its_interpreter(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
@@ -174,11 +188,22 @@ def test_a_job_that_fits_and_one_that_does_not(tmp_path: Path, capsys: pytest.Ca
     assert fits["peak_bytes"] >= always > 3 * 1_000_000 * 128 * 4
 
 
-def test_rates_are_measured_where_none_are_given(tmp_path: Path) -> None:
+def test_rates_are_measured_where_none_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
     assert _main("plan", "--classes", "1k", "--features", "16", "--batch", "8", "--json", str(path)) == 0
     rates = json.loads(path.read_text())["cpu_rates"]
     assert all(value > 0 for value in rates.values())
+    shown = capsys.readouterr().out
+    assert f"The cpu backend at {rates['flops'] / 1e9:.3g} GFLOP/s" in shown
+    assert f"as measured on this {machine.cpu_model()}" in shown
+
+
+def test_a_gpus_plan_says_whose_rates_it_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("plan", "--classes", "1M", "--device", "h200") == 0
+    shown = capsys.readouterr().out
+    assert "the triton backend" in shown
+    assert "of H200, not measured here: " in shown
+    assert f"{GPUS['h200'].half:g} TFLOP/s in 16 bit" in shown
 
 
 def test_info_shows_what_its_json_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from expface_kernels.plan import Job, Rates, advise, plan, smallest_ranks
 from expface_kernels.plan.advice import KEEP_ALL
+from expface_kernels.plan.job import LARGEST
 
 RATES = Rates(flops=100e9, bandwidth=10e9, fresh=2e9)
 GB = 10**9
@@ -126,3 +127,15 @@ def test_each_change_changes_one_thing() -> None:
     for change in advise(plan(job)).changes:
         before, after = dataclasses.asdict(job), dataclasses.asdict(change.plan.job)
         assert sum(before[name] != after[name] for name in before) == 1, change.name
+
+
+@pytest.mark.parametrize("device", ["cpu", "h100"])
+def test_a_job_as_large_as_there_can_be_has_an_answer(device: str) -> None:
+    """2⁵⁹ numbers in the centres or the rows: twice as many devices would bring too many rows."""
+    for sizes in (
+        {"classes": LARGEST // 512},
+        {"classes": 100, "batch": LARGEST // 512},
+        {"classes": 10**6, "batch": 10**9, "features": LARGEST // 10**9},
+    ):
+        job = Job(**{"device": device, "memory_bytes": 80 * GB, **sizes})
+        assert advise(plan(job, RATES), RATES).smallest_ranks is None

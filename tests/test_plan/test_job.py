@@ -35,6 +35,12 @@ from expface_kernels.plan.job import request_of
         ({"sparse_grad": True, "optimizer": "sgd", "weight_decay": 1e-4}, "sparse_grad"),
         ({"optimizer": "sparse-adam"}, "optimizer"),
         ({"fused": True, "optimizer": "rmsprop"}, "fused"),
+        ({"classes": 10**18}, "classes · features"),
+        ({"classes": 10**300, "features": 10**300}, r"got some 10\*\*600"),
+        ({"batch": 10**17, "features": 1}, "batch · classes"),
+        ({"features": 10**12, "batch": 10**6}, "batch · features"),
+        ({"ranks": 10**18}, "batch · ranks · features"),
+        ({"workspace_bytes": 10**19}, "workspace_bytes"),
     ],
 )
 def test_what_is_out_of_range_is_named(options: dict[str, Any], named: str) -> None:

@@ -18,7 +18,7 @@ from expface_kernels.margins import MarginFunction
 from expface_kernels.testing import KINDS, GradientReport, assert_gradients, check_gradients, policy
 from expface_kernels.testing.gradients import DEFAULT_KINDS
 from tests.cases import MARGINS
-from tests.test_cli.own_margins import WrongSlope
+from tests.test_cli.own_margins import OfATable, SlopeInFloat64, WrongSlope
 from tests.tolerances import WORST_DEGREES, WORST_NEAR
 
 SMALL = {"rows": 12, "classes": 65, "features": 16}
@@ -60,6 +60,22 @@ def test_the_reference_is_eager_itself_and_judged_by_the_cap() -> None:
 def test_one_row_and_one_class_pass() -> None:
     assert_gradients(rows=1, classes=1, features=8)
     assert_gradients(rows=1, classes=2, features=2)
+
+
+@pytest.mark.parametrize("margin", [OfATable(), SlopeInFloat64()], ids=["value", "slope"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_margin_that_takes_float64_alone_is_judged_in_every_dtype(
+    margin: MarginFunction, dtype: torch.dtype
+) -> None:
+    report = check_gradients(margin, dtype=dtype, backend="cpu", **SMALL)
+    assert report, report.failures()
+    assert report.setting["eager_psi"] == "float64"
+    # And eager is there to judge by.
+    assert all(q.eager_error is not None and q.eager_error < 1 for q in report.batches[0].quantities[:3])
+
+
+def test_any_other_margin_is_eager_in_the_dtype_itself() -> None:
+    assert check_gradients(kinds=["random"], dtype=torch.bfloat16, **SMALL).setting["eager_psi"] == "bfloat16"
 
 
 def test_what_is_reported() -> None:
@@ -272,6 +288,7 @@ def test_a_margin_with_a_parameter_a_row_passes() -> None:
         ({"rows": 0}, ValueError, "rows"),
         ({"classes": 1.5}, TypeError, "classes"),
         ({"features": -1}, ValueError, "features"),
+        ({"features": 1}, ValueError, "features: expected at least 2"),
         ({"kinds": []}, ValueError, "kinds"),
         ({"kinds": ["hard"]}, ValueError, "hard"),
         ({"dtype": torch.int32}, TypeError, "dtype"),
