@@ -70,13 +70,11 @@ class Peer(ABC):
 
     def cannot(self, case: Case) -> str | None:
         """Why it cannot run this case here, memory apart; None where it can."""
-        if reason := self.missing(case):
-            return reason
         if case.device not in self.devices:
             return (
                 "it runs on a GPU only" if self.devices == GPU_ONLY else f"it does not run on {case.device}"
             )
-        return cuda.unavailable() if case.device == "cuda" else None
+        return self.missing(case) or (cuda.unavailable() if case.device == "cuda" else None)
 
     def needed_bytes(self, case: Case) -> int:
         """Inputs, gradients and what it holds beside them at its peak."""

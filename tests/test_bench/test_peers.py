@@ -149,9 +149,12 @@ def test_a_library_that_owns_its_centres_keeps_no_gradient_of_them(monkeypatch: 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    on_gpu = dataclasses.replace(HALF, device="cuda")
     for name, package in {**GPU_PEERS, "pml_arcface": "pytorch-metric-learning"}.items():
-        assert peers.get(name).why_not(HALF) == f"{package} is not installed"
-        assert package in peers.get(name).label(HALF)
+        assert peers.get(name).why_not(on_gpu) == f"{package} is not installed"
+        assert package in peers.get(name).label(on_gpu)
+    for name in GPU_PEERS:
+        assert peers.get(name).why_not(HALF) == "it runs on a GPU only"
 
 
 def test_an_older_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
