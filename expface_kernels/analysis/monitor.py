@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels.analysis.angle_counts import FINE, AngleCounts, numel
-from expface_kernels.analysis.checks import check_stats
+from expface_kernels.analysis.checks import check_keys, check_state_tensor, check_stats
 from expface_kernels.checks import check_integer
 from expface_kernels.margins import MarginFunction
 from expface_kernels.stats import BatchStats
@@ -126,10 +126,23 @@ class AngularMonitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state_dict; ValueError, and nothing changed, where it has other bins."""
+        """Go on from a state_dict.
+
+        ValueError, and nothing changed, where it has other bins, a key is missing or counts have another shape,
+        dtype or number.
+        """
+        check_keys(state, ("bins", "epoch", "counts", "kept_epochs", "kept_counts"))
         if state["bins"] != self.bins:
             raise ValueError(f"state: expected {self.bins} bins, got {state['bins']}")
-        pairs = zip(state["kept_epochs"], state["kept_counts"], strict=True)
+        kept_epochs, kept_counts = state["kept_epochs"], state["kept_counts"]
+        if len(kept_counts) != len(kept_epochs):
+            raise ValueError(
+                f"state: expected kept_counts of {len(kept_epochs)} epochs, as kept_epochs, "
+                f"got {len(kept_counts)}"
+            )
+        for name, counts in (("counts", state["counts"]), *(("kept_counts", kept) for kept in kept_counts)):
+            check_state_tensor(name, counts, self._counts)
+        pairs = zip(kept_epochs, kept_counts, strict=True)
         self.epochs = [AngleCounts(epoch, self.bins, counts.clone()) for epoch, counts in pairs][-self.keep :]
         self.epoch = state["epoch"]
         self._counts = state["counts"].clone()

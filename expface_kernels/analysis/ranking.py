@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from expface_kernels.analysis.checks import check_stats
+from expface_kernels.analysis.checks import check_keys, check_state_tensor, check_stats
 from expface_kernels.checks import INTEGERS, check_integer
 from expface_kernels.stats import BatchStats
 
@@ -155,8 +155,16 @@ class LabelNoiseRanker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state_dict; ValueError, and nothing changed, where size or smoothing differ."""
+        """Go on from a state_dict.
+
+        ValueError, and nothing changed, where size or smoothing differ, a key is missing or a tensor has
+        another shape or dtype.
+        """
+        check_keys(state, ("num_samples", "smoothing", "weighted", "weight", "likely_class"))
         self._check_same(state["num_samples"], state["smoothing"], "state")
+        check_state_tensor("weighted", state["weighted"], self._weighted)
+        check_state_tensor("weight", state["weight"], self._weight)
+        check_state_tensor("likely_class", state["likely_class"], self._likely)
         self._waiting.clear()
         self._weighted = state["weighted"].clone()
         self._weight = state["weight"].clone()

@@ -360,3 +360,28 @@ def test_states_and_monitors_of_another_kind_are_refused_and_change_nothing() ->
     assert torch.equal(monitor.running().counts, before)
     with pytest.raises(ValueError, match="other: expected epoch 1 in 30 bins, got epoch 2"):
         monitor.running() + ahead.running()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("counts", torch.zeros(9, dtype=F64), r"expected counts of shape \(4505,\) .*, got shape \(9,\)"),
+        ("counts", torch.zeros(4505), "expected counts of .*float64, got .*float32"),
+        ("kept_counts", [torch.zeros(9, dtype=F64)], r"expected kept_counts of shape \(4505,\) .* \(9,\)"),
+        ("kept_counts", [], "expected kept_counts of 1 epochs, as kept_epochs, got 0"),
+        ("epoch", None, "expected epoch among its keys, got bins, counts, kept_epochs, kept_counts"),
+        ("bins", None, "expected bins among its keys, got epoch, counts, kept_epochs, kept_counts"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(key: str, value: Any, words: str) -> None:
+    monitor, other = AngularMonitor(30), AngularMonitor(30)
+    monitor.update(stats_of(seed=1))
+    other.update(stats_of(seed=2))
+    other.end_epoch()
+    state = {**other.state_dict(), key: value}
+    if value is None:
+        del state[key]
+    with pytest.raises(ValueError, match=f"state: {words}"):
+        monitor.load_state_dict(state)
+    assert (monitor.epoch, monitor.epochs) == (1, [])
+    assert_brute_force(monitor.running(), [stats_of(seed=1)])

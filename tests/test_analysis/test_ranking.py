@@ -165,6 +165,30 @@ def test_a_state_goes_through_a_file_and_on() -> None:
     assert again.likely_class.tolist() == likely
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("weighted", torch.zeros(4, dtype=F64), r"expected weighted of shape \(5,\) .*, got shape \(4,\)"),
+        ("weight", torch.zeros((5, 1), dtype=F64), r"expected weight of shape \(5,\) .* shape \(5, 1\)"),
+        ("likely_class", torch.zeros(6).long(), r"expected likely_class of shape \(5,\) .* shape \(6,\)"),
+        ("weight", torch.zeros(5), r"expected weight of .*float64, got .*float32"),
+        ("likely_class", [1] * 5, r"expected likely_class of shape \(5,\) .*, got list"),
+        ("weight", None, "expected weight among its keys, got num_samples, smoothing, weighted, likely_class"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(key: str, value: Any, words: str) -> None:
+    ranker, other = LabelNoiseRanker(5), LabelNoiseRanker(5)
+    ranker.update(torch.tensor([2, 0]), made_stats([0.5, 0.3], [8, 9]))
+    other.update(torch.tensor([1]), made_stats([0.4]))
+    state = {**other.state_dict(), key: value}
+    if value is None:
+        del state[key]
+    with pytest.raises(ValueError, match=f"state: {words}"):
+        ranker.load_state_dict(state)
+    assert ranker.ranking().tolist() == [2, 0]
+    assert ranker.likely_class.tolist() == [9, -1, 8, -1, -1]
+
+
 def test_merged_ranks_hold_each_others_samples_and_the_mean_of_common_ones() -> None:
     one, two = LabelNoiseRanker(4), LabelNoiseRanker(4)
     one.update(torch.tensor([0, 1]), made_stats([0.4, 0.2], [5, 5]))

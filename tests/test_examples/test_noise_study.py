@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from examples.glyphs import dataset
-from examples.glyphs.study import choice, plan, training
+from examples.glyphs import augment, dataset, model
+from examples.glyphs.study import choice, heads, plan, training
 from examples.glyphs.study.data import training_rows
-from examples.glyphs.study.heads import MARGINS, MODES, Floored, follow_schedule, make_head, slope
+from examples.glyphs.study.heads import MODES, SLOPE_OF_COSINE, Floored, follow_schedule, make_head, slope
 from examples.glyphs.study.plan import CHOICE, FINAL, MEND, Run, StudyError
 from examples.glyphs.study.recorder import BIN_DEGREES, EpochRecorder
 from examples.glyphs.study.statistics import Difference, bootstrap_interval, paired_difference
-from examples.glyphs.study.store import Store
+from examples.glyphs.study.store import SCHEMA, Store
 from examples.glyphs.training import EpochRecord, Recipe, Step, TrainingError
-from expface_kernels import ArcFace, CosFace, ExpFace, MarginSoftmaxHead
+from expface_kernels import ArcFace, CosFace, ExpFace, MarginSoftmaxHead, SphereFace
 from tests.tolerances import BOOTSTRAP_COVERAGE, CENTRAL_DIFFERENCE, CLOSED_FORM, SIX_DIGITS
 
+DECIMAL = 0.05  # seconds have one decimal
 ANGLES = torch.linspace(0.02, math.pi - 0.02, 200, dtype=torch.float64)
 RUN = Run(FINAL, "flip30", "expface", "exact", 0.7, 8.0, 0)
 
@@ -56,15 +59,22 @@ def test_a_floored_margin_keeps_its_value_and_never_pushes_away() -> None:
     assert bool((slope(ArcFace(0.5), ANGLES, "exact") > 0).any())  # which plain ArcFace does near π
 
 
-@pytest.mark.parametrize("name", MARGINS)
-def test_slopes_are_those_that_training_takes(name: str) -> None:
-    head = make_head(name, "exact", None if name == "normface" else 1.0, 8.0, 3, seed=0)
-    torch.testing.assert_close(
-        slope(head.margin, ANGLES, "detached"), -torch.sin(ANGLES), rtol=CLOSED_FORM, atol=0
-    )
+@pytest.mark.parametrize(
+    ("name", "m"), dict.fromkeys((name, m) for name, tries in plan.TRIES.items() for m, _ in tries)
+)
+def test_slopes_are_those_that_training_takes(name: str, m: float | None) -> None:
+    """At every m that is trained: at m = 1 ExpFace and SphereFace are cos θ, where exact equals detached."""
+    margin = make_head(name, "exact", m, 8.0, 3, seed=0).margin
     step, (relative, absolute) = 1e-6, CENTRAL_DIFFERENCE
-    difference = (head.margin(ANGLES + step) - head.margin(ANGLES - step)) / (2 * step)
-    torch.testing.assert_close(slope(head.margin, ANGLES, "exact"), difference, rtol=relative, atol=absolute)
+    angles = ANGLES
+    if isinstance(margin, SphereFace):  # its slope has a kink at π/m
+        angles = ANGLES[(ANGLES - math.pi / float(margin.m)).abs() > 10 * step]
+    detached, exact = slope(margin, angles, "detached"), slope(margin, angles, "exact")
+    torch.testing.assert_close(detached, -torch.sin(angles), rtol=CLOSED_FORM, atol=0)
+    difference = (margin(angles + step) - margin(angles - step)) / (2 * step)
+    torch.testing.assert_close(exact, difference, rtol=relative, atol=absolute)
+    same = torch.allclose(exact, detached, rtol=relative, atol=absolute)
+    assert same == (name in SLOPE_OF_COSINE)  # where they are the same, a swap would go unseen
 
 
 def test_schedules_change_what_they_say_and_when() -> None:
@@ -176,6 +186,51 @@ def test_the_study_is_the_one_that_is_described() -> None:
     assert sum(plan.images(run, configuration) for run in runs) == 126 * 320_000 + 96 * 63_488
 
 
+def constants(module: ModuleType) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name.isupper() and name != "F"}
+
+
+def test_what_decides_a_result_but_is_in_no_run_changes_with_the_schema_alone() -> None:
+    """Else a folder begun with other values would go on as if they were the same."""
+    found = {
+        "conditions": {
+            name: (entry.kind, entry.share, entry.chosen_under) for name, entry in plan.CONDITIONS.items()
+        },
+        "schedules": (heads.MENDED_UNTIL, heads.FIRST_SCALE),
+        "network": constants(model),
+        "distortions": constants(augment),
+    }
+    pinned = {
+        "conditions": {
+            "clean": ("clean", 0.0, "clean"),
+            "flip15": ("flipped", 0.15, "flip30"),
+            "flip30": ("flipped", 0.3, "flip30"),
+            "outsiders30": ("outsiders", 0.3, "flip30"),
+        },
+        "schedules": (0.5, 0.25),
+        "network": {
+            "EMBEDDING_SIZE": 128,
+            "WIDTHS": (16, 32, 64, 128),
+            "INK_MEAN": 0.3,
+            "INK_SCALE": 0.35,
+        },
+        "distortions": {
+            "ANGLE": 0.12,
+            "SCALE": 1.02,
+            "LOG_SCALE": 0.14,
+            "SHEAR": 0.15,
+            "SHIFT": 0.08,
+            "ELASTIC": 0.05,
+            "ELASTIC_GRID": 5,
+            "STROKE": 0.6,
+            "BLUR": 0.8,
+            "FADE": 0.3,
+            "NOISE": 0.15,
+        },
+    }
+    assert (SCHEMA, found) == (1, pinned), "raise SCHEMA in store.py when one of these changes, then both here"
+
+
 def test_outsiders_are_in_no_other_part_of_the_data(glyphs: dataset.Glyphs) -> None:
     configuration = plan.full()
     known = glyphs.train.subset(configuration.characters, configuration.fonts)
@@ -248,6 +303,16 @@ def test_a_final_run_looks_at_test_alone_and_follows_its_schedule(glyphs: datase
     assert record["judged_on"] == "test"
     assert set(record["result"]["tar"]) == {"0.01", "0.001", "0.0001"}
     assert [epoch["target_gradient"] for epoch in record["epochs"]] == ["detached", "exact"]
+
+
+def test_a_run_counts_the_seconds_of_a_core_not_those_it_was_stopped(glyphs: dataset.Glyphs) -> None:
+    configuration = plan.quick()
+    part = plan.evaluated(glyphs, configuration)
+    wall, core = time.perf_counter(), time.process_time()
+    record = training.train_run(part, configuration, RUN, lambda step: time.sleep(0.2))
+    wall, core = time.perf_counter() - wall, time.process_time() - core
+    assert 0 <= record["seconds"] <= core + DECIMAL
+    assert wall - core > 2 * DECIMAL  # which the wall clock would have failed
 
 
 def test_a_training_that_diverges_is_a_result(
