@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from examples.glyphs import noise_study
 from examples.glyphs.study import plan, report, workers
 from examples.glyphs.study.markdown import markdown
-from examples.glyphs.study.plan import FINAL, MEND, Run, StudyError
+from examples.glyphs.study.plan import CHOICE, FINAL, MEND, Run, StudyError
 from examples.glyphs.study.store import Store
 from examples.glyphs.study.tables import compared_gradients, tables
 
@@ -82,12 +83,12 @@ def test_the_report_is_written_and_can_fill_a_page(folder: Path, tmp_path: Path)
         *(f"{name}.png" for name in ("accuracy", "angles", "gradient", "mending")),
     }
     page = tmp_path / "analysis.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     assert noise_study.main(["report", *PART, "--out", str(folder), "--docs", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "stale" not in text
     assert "| ExpFace exact − CosFace |" in text
     found = json.loads((written / "report.json").read_text())
     assert report.block(found) in text
@@ -180,7 +181,30 @@ def test_tables_are_means_deviations_and_paired_differences() -> None:
     text = markdown(found, "there")
     assert "| ExpFace exact − ArcFace exact | +5.0 [" in text
     assert "**ExpFace exact higher** |" in text
+    assert "| 30% flipped | ArcFace exact | 0.5 | 8 | 3 | " in text
     assert "| 30% flipped | ArcFace exact | 30 / 30 | 46 / 46 |" in text
+
+
+def test_what_was_compared_at_two_scales_says_so() -> None:
+    runs = {
+        dataclasses.replace(run, scale=14.0) if run.margin == "arcface" else run: result
+        for run, result in made_up().items()
+    }
+    assert "**ExpFace exact higher** (s = 8 against 14) |" in markdown(tables(plan.quick(), runs), "there")
+
+
+def test_shares_of_the_tries_at_one_scale_the_least_first() -> None:
+    tried = Run(CHOICE, "flip30", "expface", "exact", 0.8, 8.0, 1000)
+    runs = {
+        tried: record(0.5, (0.3, 0.4)),
+        dataclasses.replace(tried, m=0.7): record(0.5, (0.3, 0.35)),
+        dataclasses.replace(tried, scale=14.0): record(0.5, (0.3, 0.1)),
+    }
+    text = markdown(tables(plan.quick(), runs), "there")
+    table = "| ExpFace exact | 0.7 | 35 / 35 |\n| ExpFace exact | 0.8 | 40 / 40 |"
+    assert "one seed, epoch 2 | m | " in text
+    assert table in text
+    assert "10 / 10" not in text
 
 
 def test_gradients_are_compared_where_the_claim_is_about_them() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .plan import CONDITIONS, FINAL, MEND
-from .tables import DECISIVE, METRICS, WIDEST, shown_epochs
+from .tables import DECISIVE, METRICS, SHARES_OF, WIDEST, shown_epochs
 
 CAPTIONS = {
     "accuracy": "Accuracy against the share of wrong rows, mean and standard deviation over seeds",
@@ -28,12 +28,13 @@ def markdown(found: Row, pictures: str) -> str:
         _head(found),
         _choice(found),
         "### (a) Where wrong rows sit",
-        _epochs(found, FINAL, _angles, "mean angle of right / wrong rows, epoch {}"),
+        _epochs(found, FINAL, _angles, "mean angle of right / wrong rows, epoch {}", clean=True),
         _picture(found, "angles", pictures),
         "### (b) How much of the gradient wrong rows take",
         _epochs(found, FINAL, _shares, "% of abs(∂L/∂θ) / of s·q on wrong rows, epoch {}"),
         _by_condition("ExpFace's share less the other's, points [95%]", gradient, _points),
         _picture(found, "gradient", pictures),
+        _tried_shares(found),
         "### (c) What it does to verification",
         _by_condition(f"{DECISIVE} on test", _rows(found["accuracy"], FINAL), _plus_minus),
         _picture(found, "accuracy", pictures),
@@ -53,9 +54,11 @@ def _head(found: Row) -> str:
     runs, where = found["runs"], ", ".join(found["machines"])
     return (
         f"{runs['final']} runs on test, {runs['mend']} of the mending series, {runs['choice']} tries: "
-        f"{found['core_hours']:.1f} core hours on {where}, torch {', '.join(found['torch'])}. "
-        f"Mean ± standard deviation over seeds. A difference is *undecided* where its interval is wider than "
-        f"±{100 * WIDEST:g} points."
+        f"{found['core_hours']:.1f} hours of runs, waits included, on {where}, torch "
+        f"{', '.join(found['torch'])}. Mean ± standard deviation over seeds. A difference is *undecided* "
+        f"where its interval is wider than ±{100 * WIDEST:g} points; which head is higher may be known all "
+        "the same, where it leaves out 0. Intervals are over seeds, at the chosen m and s: how the choice "
+        "fell, one run a try, is not in them."
     )
 
 
@@ -64,11 +67,28 @@ def _choice(found: Row) -> str:
     rows = []
     for row in found["choice"]:
         best, second, worst = row["tries"][0], row["tries"][1], row["tries"][-1]
-        m = "" if best["m"] is None else f"{best['m']:g}"
         figures = [f"{entry['score']:.3f}" for entry in (best, second, worst)]
-        rows.append([row["title"], CONDITIONS[row["condition"]].title, m, f"{best['scale']:g}", *figures])
+        strength = [_m(best), f"{best['scale']:g}"]
+        rows.append([row["title"], CONDITIONS[row["condition"]].title, *strength, *figures])
     columns = ["head", "chosen under", "m", "s", f"its {DECISIVE} on validation", "second try", "worst try"]
     return _table(columns, rows)
+
+
+def _m(row: Row) -> str:
+    return "" if row["m"] is None else f"{row['m']:g}"
+
+
+def _tried_shares(found: Row) -> str:
+    """Which m a head got says more about its share than its margin's family: all of them at one scale."""
+    condition, scale = SHARES_OF
+    rows = found["tried_shares"]
+    if not rows:
+        return ""
+    corner = f"tries with s = {scale:g}, {CONDITIONS[condition].title}, one seed, epoch {rows[0]['epoch']}"
+    return _table(
+        [corner, "m", "% of abs(∂L/∂θ) / of s·q on wrong rows"],
+        [[row["title"], _m(row), _shares(row)] for row in rows],
+    )
 
 
 def _rows(rows: Sequence[Row], stage: str) -> list[Row]:
@@ -88,12 +108,12 @@ def _by_condition(corner: str, rows: Sequence[Row], show: Callable[[Row], str]) 
     )
 
 
-def _epochs(found: Row, stage: str, show: Callable[[Row], str], column: str) -> str:
-    """What noisy conditions looked like at the first, the middle and the last epoch."""
+def _epochs(found: Row, stage: str, show: Callable[[Row], str], column: str, *, clean: bool = False) -> str:
+    """What noisy conditions, and the clean one, looked like at the first, the middle and the last epoch."""
     rows = [
         row
         for row in found["noise"]
-        if row["stage"] == stage and CONDITIONS[row["condition"]].share and row["epochs"]
+        if row["stage"] == stage and (clean or CONDITIONS[row["condition"]].share) and row["epochs"]
     ]
     if not rows:
         return ""
@@ -125,10 +145,10 @@ def _accuracy(found: Row) -> str:
     rows = []
     for row in found["accuracy"]:
         n = f"{len(row['seeds'])}" + (f" ({row['diverged']} diverged)" if row["diverged"] else "")
-        series = {FINAL: "chosen", MEND: "published"}[row["stage"]]
         figures = [_figure(row[name]) for name in (*METRICS, "rank-1")]
-        rows.append([CONDITIONS[row["condition"]].title, row["title"], series, n, *figures])
-    return _table(["training set", "head", "m and s", "seeds", *METRICS, "rank-1"], rows)
+        strength = [_m(row), f"{row['scale']:g}"]
+        rows.append([CONDITIONS[row["condition"]].title, row["title"], *strength, n, *figures])
+    return _table(["training set", "head", "m", "s", "seeds", *METRICS, "rank-1"], rows)
 
 
 def _plus_minus(row: Row) -> str:
@@ -147,10 +167,12 @@ def _name(row: Row) -> str:
 
 def _said(row: Row) -> str:
     """The difference and what may be said of it."""
+    a, b = row["scales"]
+    unlike = "" if a == b else f" (s = {a:g} against {b:g})"
     if row["higher"]:
         size = "" if row["decided"] else ", by how much is undecided"
-        return f"{_points(row)} **{row[row['higher']]} higher**{size}"
-    return f"{_points(row)} {'no difference found' if row['decided'] else 'undecided'}"
+        return f"{_points(row)} **{row[row['higher']]} higher**{size}{unlike}"
+    return f"{_points(row)} {'no difference found' if row['decided'] else 'undecided'}{unlike}"
 
 
 def _points(row: Row) -> str:

@@ -22,12 +22,18 @@ Scores = dict[int, float]  # seed -> score
 METRICS = {"TAR@1e-2": "0.01", "TAR@1e-3": "0.001", "TAR@1e-4": "0.0001"}
 DECISIVE = "TAR@1e-3"
 ANGLES_OF = "flip30"  # the condition whose distributions are drawn
+SHARES_OF = ("flip30", 8.0)  # the condition and the scale at which tries are compared
 WIDEST = 0.02  # a difference whose interval is wider than ± this is called undecided
 
 
 def tables(configuration: Configuration, records: Records) -> dict[str, Any]:
     """All tables of the report."""
     cells = by_cell(records)
+    strengths = {
+        (run.stage, run.condition, run.head): {"m": run.m, "scale": run.scale}
+        for run in records
+        if run.stage != CHOICE
+    }
     return {
         "runs": {stage: sum(run.stage == stage for run in records) for stage in (CHOICE, FINAL, MEND)},
         "core_hours": round(sum(record["seconds"] for record in records.values()) / 3600, 2),
@@ -35,9 +41,15 @@ def tables(configuration: Configuration, records: Records) -> dict[str, Any]:
         "torch": sorted({record["machine"]["torch"] for record in records.values()}),
         "pictures": _pictures(set(cells)),
         "choice": _choice(configuration, records),
-        "accuracy": [_accuracy(cell, cells[cell]) for cell in CELLS if cell in cells],
+        "tried_shares": _tried_shares(records),
+        "accuracy": [{**_accuracy(cell, cells[cell]), **strengths[cell]} for cell in CELLS if cell in cells],
         "differences": [
-            _difference(a, b, cells, _score_of(DECISIVE)) for a, b in compared() if a in cells and b in cells
+            {
+                **_difference(a, b, cells, _score_of(DECISIVE)),
+                "scales": [strengths[cell]["scale"] for cell in (a, b)],
+            }
+            for a, b in compared()
+            if a in cells and b in cells
         ],
         "noise": [_noise(cell, cells[cell]) for cell in CELLS if cell in cells],
         "gradient_differences": [
@@ -122,6 +134,18 @@ def _choice(configuration: Configuration, records: Records) -> list[dict[str, An
         tries = [{"m": m, "scale": scale, "score": _short(tried[m, scale])} for m, scale in order]
         rows.append({"condition": condition, "head": head_name(head), "title": title(*head), "tries": tries})
     return rows
+
+
+def _tried_shares(records: Records) -> list[dict[str, Any]]:
+    """Of the tries at one scale, the least first: wrong rows' share of the gradient in the last epoch."""
+    condition, scale = SHARES_OF
+    rows = []
+    for run, record in records.items():
+        if (run.stage, run.condition, run.scale) == (CHOICE, condition, scale) and record["epochs"]:
+            last = record["epochs"][-1]
+            shares = {name: _short(last[name]) for name in ("gradient_share", "push_share")}
+            rows.append({"title": title(*run.head), "m": run.m, "epoch": last["epoch"], **shares})
+    return sorted(rows, key=lambda row: row["gradient_share"] or 0.0)
 
 
 def _accuracy(cell: Cell, runs: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
