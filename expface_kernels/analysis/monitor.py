@@ -128,8 +128,8 @@ class AngularMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict.
 
-        ValueError, and nothing changed, where it has other bins, a key is missing or counts have another shape,
-        dtype or number.
+        ValueError, and nothing changed, where it has other bins, a key is missing or counts have another
+        shape, dtype or number.
         """
         check_keys(state, ("bins", "epoch", "counts", "kept_epochs", "kept_counts"))
         if state["bins"] != self.bins:

@@ -173,7 +173,7 @@ def test_a_state_goes_through_a_file_and_on() -> None:
         ("likely_class", torch.zeros(6).long(), r"expected likely_class of shape \(5,\) .* shape \(6,\)"),
         ("weight", torch.zeros(5), r"expected weight of .*float64, got .*float32"),
         ("likely_class", [1] * 5, r"expected likely_class of shape \(5,\) .*, got list"),
-        ("weight", None, "expected weight among its keys, got num_samples, smoothing, weighted, likely_class"),
+        ("weight", None, "expected weight among its keys, got num_samples, smoothing, weighted, likely"),
     ],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(key: str, value: Any, words: str) -> None:

@@ -228,7 +228,7 @@ def test_what_decides_a_result_but_is_in_no_run_changes_with_the_schema_alone() 
             "NOISE": 0.15,
         },
     }
-    assert (SCHEMA, found) == (1, pinned), "raise SCHEMA in store.py when one of these changes, then both here"
+    assert (SCHEMA, found) == (1, pinned), "raise SCHEMA when one of these changes, then both here"
 
 
 def test_outsiders_are_in_no_other_part_of_the_data(glyphs: dataset.Glyphs) -> None:

@@ -1,8 +1,8 @@
 """What the study trains: conditions, heads, tries, seeds, schedules, and the names of its runs.
 
 What is chosen for a study or a run is in `Configuration` and `Run`; both are written into every run's JSON.
-What decides a result but is fixed in the code is not: `CONDITIONS` here, the mending schedules (heads.py), the
-network (model.py), the distortions (augment.py), how training and judging go. Whoever changes that raises
+What decides a result but is fixed in the code is not: `CONDITIONS` here, the mending schedules (heads.py),
+the network (model.py), the distortions (augment.py), how training and judging go. Whoever changes that raises
 `SCHEMA` (store.py), or a folder begun before it would go on and mix both.
 """
 

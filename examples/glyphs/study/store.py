@@ -14,8 +14,8 @@ from typing import Any
 from .plan import Configuration, Run, StudyError
 
 SCHEMA = 1
-"""Version of a run's JSON: raised when a field changes its meaning or goes, or when code that decides a result
-and is in no field changes (see plan.py)."""
+"""Version of a run's JSON: raised when a field changes its meaning or goes, or when code that decides a
+result and is in no field changes (see plan.py)."""
 
 
 class Store:

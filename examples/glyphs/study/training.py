@@ -27,8 +27,8 @@ def train_run(
     """Train and judge `run`: a choice on validation, a final run on test, neither ever on both.
 
     `glyphs` has the evaluated part of validation and test. A training that diverges is a result too: "failed"
-    says how, and there is no score. "seconds" are a core's: processor time of this process, of one thread in a
-    worker; waiting or being stopped does not count. Runs of earlier commits have the wall clock's there.
+    says how, and there is no score. "seconds" are a core's: processor time of this process, of one thread in
+    a worker; waiting or being stopped does not count. Runs of earlier commits have the wall clock's there.
     """
     start, machine = time.process_time(), describe()
     rows = training_rows(glyphs.train, configuration, run)
