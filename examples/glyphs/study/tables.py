@@ -127,7 +127,7 @@ def _choice(configuration: Configuration, records: Records) -> list[dict[str, An
     rows = []
     for head, condition in choices(CELLS):
         tried = scores(records, head, condition)
-        if len(tried) < len(configuration.tries[head[0]]):
+        if not set(configuration.tries[head[0]]) <= tried.keys():
             continue
         # Sorting is stable: of equal ones the first stays first, as in the choice.
         order = sorted(configuration.tries[head[0]], key=lambda entry: -tried[entry])
