@@ -79,7 +79,7 @@ def test_near_rows_hold_row_by_row(kind: str, workspace_bytes: int) -> None:
 
 # One of each, past one block of rows, past two blocks of classes, D not a multiple of a block, many features.
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 8), (1, 2, 8), (3, 5, 8), (129, 257, 24), (2, 30, 500), (2, 30, 1000)], ids=str
+    "shape", [(1, 1, 8), (1, 2, 8), (9, 5, 8), (129, 257, 24), (2, 30, 500), (2, 30, 1000)], ids=str
 )
 @pytest.mark.parametrize("kind", ["random", "learnt"])
 def test_ragged_shapes(shape: tuple[int, int, int], kind: str) -> None:
