@@ -5,6 +5,7 @@ B rows · C classes · D features. Truth is taken at the values that the product
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -41,7 +42,32 @@ def _run(
     return loss.detach().cpu(), a.grad.cpu(), b.grad.cpu()
 
 
-def _check(x: Tensor, w: Tensor, y: Tensor, *, margin: MarginFunction | None = None, **options: Any) -> None:
+def _eager_errors(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    margin: MarginFunction,
+    right: Sequence[Tensor],
+    orders: int,
+    **options: Any,
+) -> list[float]:
+    """The worst error of loss, dx and dw that eager makes over some orders of the features.
+
+    They have one truth and other roundings. A few learnt rows have the error of a single logit, which
+    is nothing or all of s·2⁻²⁴ by luck: one order says little about what float32 does there.
+    """
+    found = []
+    for seed in range(orders):
+        order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(seed))
+        loss, dx, dw = eager(x[:, order], w[:, order], y, margin, reduction="sum", **options)
+        there = (loss, right[0]), (dx, right[1][:, order]), (dw, right[2][:, order])
+        found.append([relative_error(a, b) for a, b in there])
+    return [max(errors) for errors in zip(*found, strict=True)]
+
+
+def _check(
+    x: Tensor, w: Tensor, y: Tensor, *, margin: MarginFunction | None = None, orders: int = 1, **options: Any
+) -> None:
     """Loss, dx, dw of stored x and w, by the policy; dw also with every centre's gradient made an equal."""
     margin = ArcFace() if margin is None else margin
     got = _run(x, w, y, margin, **options)
@@ -50,8 +76,7 @@ def _check(x: Tensor, w: Tensor, y: Tensor, *, margin: MarginFunction | None = N
     dtype = torch.promote_types(x.dtype, w.dtype)
     errors: list[float | None] = [None] * 3
     if "class_subset" not in options:
-        beside = eager(x, w, y, margin, dtype=dtype, reduction="sum", **options)
-        errors = [relative_error(a, b) for a, b in zip(beside, right, strict=True)]
+        errors[:] = _eager_errors(x, w, y, margin, right, orders, dtype=dtype, **options)
     assert_close(got[0], right[0], eager=errors[0] if dtype == F32 else None, dtype=F32, what="loss")
     assert_close(got[1], right[1], eager=errors[1], dtype=x.dtype, what="dx")
     assert_close(got[2], right[2], eager=errors[2], dtype=w.dtype, what="dw")
@@ -79,21 +104,15 @@ def test_near_rows_hold_row_by_row(kind: str, workspace_bytes: int) -> None:
 
 # One of each, past one block of rows, past two blocks of classes, D not a multiple of a block, many features.
 RAGGED = [(1, 1, 8), (1, 2, 8), (3, 5, 8), (9, 5, 8), (129, 257, 24), (2, 30, 500), (2, 30, 1000)]
-# Left out: eager's error over three learnt rows, by which ours is judged, is luck (5e-7 on an Intel processor
-# with AVX-512, where ours is 3.5e-6).
-LUCK = ("learnt", (3, 5, 8))
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [(kind, shape) for kind in ("random", "learnt") for shape in RAGGED if (kind, shape) != LUCK],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", RAGGED, ids=str)
+@pytest.mark.parametrize("kind", ["random", "learnt"])
 def test_ragged_shapes(kind: str, shape: tuple[int, int, int]) -> None:
     x, w, y = batch(kind, *shape)
-    _check(x.float(), w.float(), y)
+    _check(x.float(), w.float(), y, orders=8)
     if shape[1] > 2:
-        _check(x.to(BF16), w.to(BF16), y, workspace_bytes=0)
+        _check(x.to(BF16), w.to(BF16), y, orders=8, workspace_bytes=0)
 
 
 @pytest.mark.parametrize("scale", [128.0, 256.0])
