@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from examples.glyphs import augment, dataset, model
+from examples.glyphs import augment, dataset, model, noise_study
 from examples.glyphs.study import choice, heads, plan, training
 from examples.glyphs.study.data import training_rows
 from examples.glyphs.study.heads import MODES, SLOPE_OF_COSINE, Floored, follow_schedule, make_head, slope
-from examples.glyphs.study.plan import CHOICE, FINAL, MEND, Run, StudyError
+from examples.glyphs.study.plan import CHOICE, FINAL, MEND, MORE, Run, StudyError
 from examples.glyphs.study.recorder import BIN_DEGREES, EpochRecorder
 from examples.glyphs.study.statistics import Difference, bootstrap_interval, paired_difference
 from examples.glyphs.study.store import SCHEMA, Store
@@ -96,6 +96,11 @@ def test_schedules_change_what_they_say_and_when() -> None:
         ("exact", 20.0),
         ("exact", 32.0),
         ("exact", 32.0),
+    ]
+    assert [at("detached-rising", done) for done in (0.0, 0.25, 0.9)] == [
+        ("detached", 8.0),
+        ("detached", 20.0),
+        ("detached", 32.0),
     ]
     assert at("floored", 0.3) == ("exact", 32.0)
     assert isinstance(make_head("expface", "floored", 0.7, 32.0, 5, seed=0).margin, Floored)
@@ -175,7 +180,8 @@ def test_the_study_is_the_one_that_is_described() -> None:
     chosen = {key: configuration.tries[key[0][0]][0] for key in plan.choices(plan.CELLS)}
     judged = plan.judged_runs(configuration, plan.CELLS, plan.SEEDS, chosen)
     runs = [*plan.choice_runs(configuration, plan.CELLS), *judged]
-    assert [sum(run.stage == stage for run in runs) for stage in (FINAL, MEND, CHOICE)] == [96, 30, 96]
+    stages = (FINAL, MEND, MORE, CHOICE)
+    assert [sum(run.stage == stage for run in runs) for stage in stages] == [96, 48, 21, 96]
     assert len({run.name for run in runs}) == len(runs)
     for condition in plan.CONDITIONS:
         heads = {run.head for run in judged if run.stage == FINAL and run.condition == condition}
@@ -183,7 +189,19 @@ def test_the_study_is_the_one_that_is_described() -> None:
         assert {run.seed for run in judged if run.condition == condition} == {0, 1, 2}
     assert configuration.choice_seed not in plan.SEEDS
     assert {run.mode for run in judged if run.stage == MEND} == set(MODES)
-    assert sum(plan.images(run, configuration) for run in runs) == 126 * 320_000 + 96 * 63_488
+    assert sum(plan.images(run, configuration) for run in runs) == 165 * 320_000 + 96 * 63_488
+
+
+def test_further_runs_take_the_better_m_of_the_committed_tries_at_their_scale() -> None:
+    """Exact ArcFace under wrong labels is the exception: its m is chosen for its slope."""
+    records = Store(noise_study.FULL_FOLDER, plan.full()).load_all()
+    for (condition, head), (m, scale) in plan.FURTHER.items():
+        tried = choice.scores(records, head, plan.CONDITIONS[condition].chosen_under)
+        best = max((entry for entry in tried if entry[1] == scale), key=lambda entry: tried[entry])
+        if (condition, head) == ("flip30", ("arcface", "exact")):
+            assert best != (m, scale)
+        else:
+            assert best == (m, scale)
 
 
 def constants(module: ModuleType) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The heads that are compared: a margin, what its target gradient is, and three ways to mend the exact one.
+"""The heads that are compared: a margin, what its target gradient is, and ways to mend the exact one.
 
 B rows · theta target angle, radians · psi the margin's similarity, cosine units
 """
@@ -29,8 +29,10 @@ MODES = {
     "later": "detached first, exact later",
     "floored": "exact, slope floored",
     "rising": "exact, scale rising",
+    "detached-rising": "detached, scale rising",  # what the exact one with a rising scale is held against
 }
-# Of all steps: until then "later" trains detached and "rising" raises its scale, from this share of it.
+DETACHED, RISING = ("detached", "later", "detached-rising"), ("rising", "detached-rising")
+# Of all steps: until then "later" trains detached and a rising scale rises, from this share of it.
 MENDED_UNTIL = 0.5
 FIRST_SCALE = 0.25
 
@@ -71,7 +73,7 @@ def make_head(
         num_classes,
         margin=Floored(psi) if mode == "floored" else psi,
         scale=scale,
-        target_gradient="detached" if mode in ("detached", "later") else "exact",
+        target_gradient="detached" if mode in DETACHED else "exact",
         backend="cpu",
         seed=seed,
     )
@@ -83,7 +85,7 @@ def follow_schedule(head: MarginSoftmaxHead, mode: str, scale: float, done: floa
     """Set what changes during training for the next step, where `done` of all steps (0 to 1) lie behind."""
     if mode == "later":
         head.target_gradient = "detached" if done < MENDED_UNTIL else "exact"
-    if mode == "rising":
+    if mode in RISING:
         head.scale = scale * min(1.0, FIRST_SCALE + (1 - FIRST_SCALE) * done / MENDED_UNTIL)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .plan import CONDITIONS, FINAL, MEND
+from .plan import CONDITIONS, FINAL, MEND, MORE
 from .tables import DECISIVE, METRICS, SHARES_OF, WIDEST, shown_epochs
 
 CAPTIONS = {
     "accuracy": "Accuracy against the share of wrong rows, mean and standard deviation over seeds",
     "gradient": "Share of the target gradient on wrong rows by epoch; dotted: their share of the rows",
     "angles": "Angles of right and wrong rows to the centre of their label: first, middle and last epoch",
-    "mending": "Mean angle of the right rows with the exact gradient, and with what may mend it",
+    "mending": "Mean angle of the right rows at s = 32: the exact gradient, and what may mend it",
 }
 Row = dict[str, Any]
 
@@ -23,7 +23,7 @@ def markdown(found: Row, pictures: str) -> str:
         {**row, "name": f"{_name(row)}, epoch {row['epoch']}"} for row in found["gradient_differences"]
     ]
     judged = [{**row, "name": _name(row)} for row in found["differences"]]
-    final, mend = ([row for row in judged if row["stage"] == stage] for stage in (FINAL, MEND))
+    final, mend, more = ([row for row in judged if row["stage"] == stage] for stage in (FINAL, MEND, MORE))
     parts = [
         _head(found),
         _choice(found),
@@ -39,8 +39,9 @@ def markdown(found: Row, pictures: str) -> str:
         _by_condition(f"{DECISIVE} on test", _rows(found["accuracy"], FINAL), _plus_minus),
         _picture(found, "accuracy", pictures),
         _by_condition(f"difference of {DECISIVE}, points [95%]", final, _said),
+        _by_condition(f"further runs: difference of {DECISIVE}, points [95%]", more, _said),
         "### (d) What mends the exact gradient",
-        _epochs(found, MEND, _angles, "mean angle of right / wrong rows, epoch {}"),
+        _epochs(found, MEND, _angles, "mean angle of right / wrong rows, epoch {}", clean=True),
         _picture(found, "mending", pictures),
         _by_condition(f"{DECISIVE} on test", _rows(found["accuracy"], MEND), _plus_minus),
         _by_condition(f"difference of {DECISIVE}, points [95%]", mend, _said),
@@ -53,7 +54,8 @@ def markdown(found: Row, pictures: str) -> str:
 def _head(found: Row) -> str:
     runs, where = found["runs"], ", ".join(found["machines"])
     return (
-        f"{runs['final']} runs on test, {runs['mend']} of the mending series, {runs['choice']} tries: "
+        f"{runs['final']} runs on test, {runs['mend']} of the mending series, {runs['more']} further ones, "
+        f"{runs['choice']} tries: "
         f"{found['core_hours']:.1f} hours of runs, waits included, on {where}, torch "
         f"{', '.join(found['torch'])}. Mean ± standard deviation over seeds. A difference is *undecided* "
         f"where its interval is wider than ±{100 * WIDEST:g} points; which head is higher may be known all "

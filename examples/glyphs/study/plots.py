@@ -111,24 +111,29 @@ def angles(found: dict[str, Any]) -> plt.Figure:
 
 
 def mending(found: dict[str, Any]) -> plt.Figure:
-    """Mean angle of the right rows, epoch by epoch: exact, detached, and the mends."""
-    margins = list(dict.fromkeys(_head(row)[0] for row in found["noise"] if row["stage"] == MEND))
+    """Mean angle of right rows by epoch: exact, detached, mended; a panel a margin and condition."""
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in found["noise"]:
+        if row["stage"] == MEND and row["epochs"]:
+            panels.setdefault((row["condition"], _head(row)[0]), []).append(row)
+    columns = len({margin for _, margin in panels})
+    lines = -(-len(panels) // columns)
+    size = (5.5 * columns, 3.6 * lines)
     figure, grid = plt.subplots(
-        1, len(margins), figsize=(5.5 * len(margins), 4), sharey=True, squeeze=False, layout="constrained"
+        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    for axes, margin in zip(grid[0], margins, strict=True):
-        for row in found["noise"]:
-            if row["stage"] == MEND and _head(row)[0] == margin:
-                values = [epoch["clean"]["angle_mean"] for epoch in row["epochs"]]
-                mode = _head(row)[1]
-                colour = f"C{list(MODES).index(mode)}"
-                axes.plot(_numbers(row), values, marker=".", color=colour, label=MODES[mode])
+    for axes, ((condition, margin), rows) in zip(grid.flat, panels.items(), strict=False):
+        for row in rows:
+            values = [epoch["clean"]["angle_mean"] for epoch in row["epochs"]]
+            mode = _head(row)[1]
+            colour = f"C{list(MODES).index(mode)}"
+            axes.plot(_numbers(row), values, marker=".", color=colour, label=MODES[mode])
         axes.axhline(90, color="black", linestyle=":", linewidth=1)
-        axes.set(title=MARGINS[margin].__name__, xlabel="epoch")
+        axes.set(title=f"{MARGINS[margin].__name__}, {CONDITIONS[condition].title}", xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    grid[0, 0].set_ylabel("mean angle of right rows, degrees")
-    _legend(*grid[0])
+        axes.set_ylabel("mean angle of right rows, degrees")
+    _legend(*list(grid.flat)[::-1])
     return figure
 
 

@@ -13,7 +13,21 @@ import numpy as np
 
 from .choice import scores
 from .heads import SLOPE_OF_COSINE, title
-from .plan import CELLS, CHOICE, CONDITIONS, FINAL, MEND, Cell, Configuration, Head, Run, choices, head_name
+from .plan import (
+    CELLS,
+    CHOICE,
+    CONDITIONS,
+    FINAL,
+    MEND,
+    MORE,
+    Cell,
+    Configuration,
+    Head,
+    Run,
+    Try,
+    choices,
+    head_name,
+)
 from .statistics import Difference, paired_difference
 
 Records = Mapping[Run, dict[str, Any]]
@@ -30,30 +44,29 @@ def tables(configuration: Configuration, records: Records) -> dict[str, Any]:
     """All tables of the report."""
     cells = by_cell(records)
     strengths = {
-        (run.stage, run.condition, run.head): {"m": run.m, "scale": run.scale}
-        for run in records
-        if run.stage != CHOICE
+        (run.stage, run.condition, run.head): (run.m, run.scale) for run in records if run.stage != CHOICE
     }
     return {
-        "runs": {stage: sum(run.stage == stage for run in records) for stage in (CHOICE, FINAL, MEND)},
+        "runs": {stage: sum(run.stage == stage for run in records) for stage in (CHOICE, FINAL, MEND, MORE)},
         "core_hours": round(sum(record["seconds"] for record in records.values()) / 3600, 2),
         "machines": sorted({record["machine"]["cpu"] for record in records.values()}),
         "torch": sorted({record["machine"]["torch"] for record in records.values()}),
         "pictures": _pictures(set(cells)),
         "choice": _choice(configuration, records),
         "tried_shares": _tried_shares(records),
-        "accuracy": [{**_accuracy(cell, cells[cell]), **strengths[cell]} for cell in CELLS if cell in cells],
+        "accuracy": [
+            {**_accuracy(cell, cells[cell]), "m": strengths[cell][0], "scale": strengths[cell][1]}
+            for cell in CELLS
+            if cell in cells
+        ],
         "differences": [
-            {
-                **_difference(a, b, cells, _score_of(DECISIVE)),
-                "scales": [strengths[cell]["scale"] for cell in (a, b)],
-            }
+            _difference(a, b, cells, strengths, _score_of(DECISIVE))
             for a, b in compared()
             if a in cells and b in cells
         ],
         "noise": [_noise(cell, cells[cell]) for cell in CELLS if cell in cells],
         "gradient_differences": [
-            {**_difference(a, b, cells, _gradient_at(epoch)), "epoch": epoch}
+            {**_difference(a, b, cells, strengths, _gradient_at(epoch)), "epoch": epoch}
             for a, b in compared_gradients()
             if a in cells and b in cells
             for epoch in shown_epochs(configuration.recipe.epochs)
@@ -68,7 +81,7 @@ def _pictures(cells: set[Cell]) -> list[str]:
         "accuracy": bool(final),
         "gradient": any(CONDITIONS[condition].share for condition in final),
         "angles": ANGLES_OF in final,
-        "mending": any(stage == MEND for stage, _, _ in cells),
+        "mending": any(stage == MEND for stage, *_ in cells),
     }
     return [name for name, drawn in there.items() if drawn]
 
@@ -88,7 +101,10 @@ def shown_epochs(last: int) -> list[int]:
 
 
 def compared() -> list[tuple[Cell, Cell]]:
-    """The pairs of cells whose scores are compared, laid down before any was trained."""
+    """The pairs of cells whose scores are compared, laid down before any of them was trained.
+
+    Those of the further runs were laid down when the others were known.
+    """
     found: list[tuple[Cell, Cell]] = []
     for condition in CONDITIONS:
         for mode in ("detached", "exact"):
@@ -100,10 +116,34 @@ def compared() -> list[tuple[Cell, Cell]]:
             for margin in ("sphereface", "arcface", "expface")
         ]
     for stage, condition, (margin, mode) in CELLS:
-        if stage == MEND and mode != "exact":
-            others = ("exact",) if mode == "detached" else ("exact", "detached")
+        if stage == MEND:
+            others = HELD_AGAINST.get(mode, ("exact", "detached"))
             found += [((stage, condition, (margin, mode)), (stage, condition, (margin, o))) for o in others]
+        if stage == MORE:
+            found += _compared_further((stage, condition, (margin, mode)))
     return found
+
+
+# A mode of the mending series against others; the rest against the exact and the detached one.
+HELD_AGAINST = {
+    "exact": (),
+    "detached": ("exact",),
+    "rising": ("exact", "detached", "detached-rising"),
+    "detached-rising": ("detached",),
+}
+
+
+def _compared_further(cell: Cell) -> list[tuple[Cell, Cell]]:
+    """ExpFace of the main series against a further run; and that, if exact, against its detached self."""
+    _, condition, head = cell
+    pairs = [
+        ((FINAL, condition, ("expface", mode)), cell)
+        for mode in ("detached", "exact")
+        if head in _rivals(mode)
+    ]
+    if head[1] == "exact":
+        pairs.append((cell, (FINAL, condition, (head[0], "detached"))))
+    return pairs
 
 
 def compared_gradients() -> list[tuple[Cell, Cell]]:
@@ -186,17 +226,32 @@ def _difference(
     a: Cell,
     b: Cell,
     cells: Mapping[Cell, Mapping[int, dict[str, Any]]],
+    strengths: Mapping[Cell, Try],
     read: Callable[[Mapping[int, dict[str, Any]]], Scores],
 ) -> dict[str, Any]:
     """a − b. Where a training of either diverged nothing is compared: the rest would be a selection."""
-    stage, condition, _ = a
-    heads = [head_name(a[2]), head_name(b[2])]
-    row = {"stage": stage, "condition": condition, "heads": heads, "a": title(*a[2]), "b": title(*b[2])}
+    row = {
+        "stage": MORE if MORE in (a[0], b[0]) else a[0],
+        "condition": a[1],
+        "heads": [head_name(cell[2]) for cell in (a, b)],
+        "scales": [strengths[cell][1] for cell in (a, b)],
+        "a": _called(a, strengths[a]),
+        "b": _called(b, strengths[b]),
+    }
     diverged = any(run["failed"] for cell in (a, b) for run in cells[cell].values())
     found = None if diverged else paired_difference(read(cells[a]), read(cells[b]))
     if found is None:
         return {**row, **_rounded(Difference(0, math.nan, None, None)), "higher": None, "decided": False}
     return {**row, **_rounded(found), "higher": found.higher, "decided": found.decided(WIDEST)}
+
+
+def _called(cell: Cell, strength: Try) -> str:
+    """A head's name; with its m and s where it is a further one, which stands beside itself at others."""
+    stage, _, head = cell
+    if stage != MORE:
+        return title(*head)
+    m, scale = strength
+    return f"{title(*head)} (" + ("" if m is None else f"m = {m:g}, ") + f"s = {scale:g})"
 
 
 def _rounded(found: Difference) -> dict[str, Any]:
