@@ -106,12 +106,6 @@ def _outside(function: Any) -> Any:
     return call
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """mm_f32 as on a GPU: one allocation, the result."""
-    product = _outside(calls.mm_f32)(a, b)
-    return torch.empty(product.shape).copy_(product)
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize(
     "options", [{}, {"workspace_bytes": 2**30}, {"scale": 128.0}, {"w_dtype": F32}], ids=str
@@ -123,7 +117,7 @@ def test_torchs_operators_move_what_the_model_says(
     expected = {step.name: step for step in costs.costs(case, "interpreter").steps}[costs.OPERATORS]
     for module in ("forward", "backward", "launch"):
         monkeypatch.setattr(f"expface_kernels.backends.triton.{module}.launch", _outside(calls.launch))
-    monkeypatch.setattr("expface_kernels.backends.triton.backward.mm_f32", _outside(calls.mm_f32))
+    monkeypatch.setattr("expface_kernels.backends.triton.backward.add_mm_f32", _outside(calls.add_mm_f32))
     x, w, y = batch("random", 40, 300, 24)
     x, w, y = x.to(case.x_dtype), w.to(case.w_dtype), torch.arange(40)
     with Moved() as moved:
@@ -132,8 +126,7 @@ def test_torchs_operators_move_what_the_model_says(
         arguments = (out.log_l, out.workspace, g, h, case.request, True, True)
         TritonBackend().backward(x, w, y, None, *arguments)
     assert expected.read == moved.bytes
-    # Σ p·wn in float64, read and written for each chunk, is the most of it.
-    assert moved.bytes > 3 * 40 * 24 * (8 + 4 + 8)
+    assert moved.bytes > 40 * 24 * (8 + 4 + 8)  # Σ p·wn, from float32 to float64
 
 
 @pytest.fixture
@@ -156,7 +149,7 @@ def test_peak_of_a_step_is_that_of_the_allocations_really_made(
     result = costs.costs(case, "interpreter")
     for module in ("forward", "backward", "launch"):
         monkeypatch.setattr(f"expface_kernels.backends.triton.{module}.launch", _outside(calls.launch))
-    monkeypatch.setattr("expface_kernels.backends.triton.backward.mm_f32", _product)
+    monkeypatch.setattr("expface_kernels.backends.triton.backward.add_mm_f32", _outside(calls.add_mm_f32))
     x, w, y = batch("random", 40, 300, 24)
     x, w, y = x.to(dtype), w.to(dtype), torch.arange(40)
     request = case.request
@@ -177,10 +170,9 @@ def test_a_step_at_a_million_classes_keeps_to_its_budget(kept: bool) -> None:
     products, gigabytes = (3.2, 13.5) if kept else (4.2, 11.5)
     assert result.flops <= products * PRODUCT
     assert result.flops >= (3 if kept else 4) * PRODUCT
+    assert result.moved <= gigabytes * 1e9
     operators = sum(step.read for step in result.steps if step.name == costs.OPERATORS)
-    assert result.moved - operators <= gigabytes * 1e9
-    # Sums over tiles, and dX's chunks added up in float64.
-    assert 0 < operators <= 0.02 * result.moved
+    assert 0 < operators <= 0.01 * result.moved  # sums over tiles, casts of rows
     if not kept:
         assert result.extra <= 400e6
 
@@ -193,7 +185,7 @@ def test_a_step_at_a_million_classes_keeps_to_its_budget(kept: bool) -> None:
 def test_a_small_batch_copies_no_more_centres_than_a_chunk_of_p_has_room_for(options: dict[str, Any]) -> None:
     case = Case(128, 1_000_000, 512, **options)
     # P' and the copy, 12 bytes a class (norms, shifts, segments), sums and rows.
-    assert costs.costs(case, "sm_90").extra <= 2 * plan.CHUNK_BYTES + 12 * case.classes + 10e6
+    assert costs.costs(case, "sm_90").extra <= plan.CHUNK_BYTES + 12 * case.classes + 10e6
 
 
 @pytest.mark.parametrize("scale", [64.0, 128.0])

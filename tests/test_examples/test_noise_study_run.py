@@ -209,9 +209,10 @@ def test_shares_of_the_tries_at_one_scale_the_least_first() -> None:
 
 def test_gradients_are_compared_where_the_claim_is_about_them() -> None:
     found = compared_gradients()
-    assert len(found) == 3 * 4  # noisy conditions; CosFace and ArcFace for either target gradient
+    # Noisy conditions; CosFace and ArcFace for either target gradient; exact ArcFace once more, at another m.
+    assert len(found) == 3 * 4 + 1
     assert {(a[2][0], b[2][0]) for a, b in found} == {("expface", "cosface"), ("expface", "arcface")}
-    assert all(a[:2] == b[:2] and a[1] != "clean" for a, b in found)
+    assert all(a[1] == b[1] != "clean" for a, b in found)
 
 
 def test_a_wide_difference_is_called_undecided_whatever_its_mean() -> None:

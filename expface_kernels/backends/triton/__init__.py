@@ -82,7 +82,7 @@ class TritonBackend:
         need_dx: bool,
         need_dw: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Eqs. 9 to 11. Peak extra memory beside dw: a chunk of P' (128 MiB), 4 bytes a class, O(B·D).
+        """Eqs. 9 to 11. Peak extra memory beside dw: a chunk of P' (256 MiB), 4 bytes a class, O(B·D).
 
         As much again as the chunk where centres are copied for dX: listed, cast by autocast, or float16.
         """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels.backends.triton import kernels, row_kernels, tuning
-from expface_kernels.backends.triton.calls import launch, mm_f32
+from expface_kernels.backends.triton.calls import add_mm_f32, launch
 from expface_kernels.backends.triton.launch import LOG2_E, Call, Rows, cdiv
 
 SEGMENT = 32  # rows of one label that one program adds up
@@ -86,18 +86,26 @@ class BackwardCall(Call):
         if kept:
             weights = self._kept_weights(rows, log2_l, g)
             col = self.empty((1, plan.chunk))
+            part = self._part_of(a)
             for start, stop in plan.chunks(0, kept):
                 if dw is not None:
                     self._kept_columns(e[start:], weights, inv[start:], col, stop - start)
-                self._gradients(e[start:], col, start, stop, weights, inv, shift, a, dw, targets)
+                self._gradients(e[start:], col, start, stop, weights, inv, shift, part, dw, targets)
+            _add_part(a, part, weights)
         if kept < plan.classes:
             weights = self._weights(rows, log2_l, g)
             tile = self.blocks.probability
             p = self.empty((plan.chunk, plan.rows_pad), plan.product)
             col = self.empty((plan.rows_pad // tile.bm, plan.chunk))
+            part = self._part_of(a)
             for start, stop in plan.chunks(kept, plan.classes):
                 self._probabilities(rows, weights, inv, shift, p, col, start, stop)
-                self._gradients(p, col, start, stop, weights, inv, shift, a, dw, targets)
+                self._gradients(p, col, start, stop, weights, inv, shift, part, dw, targets)
+            _add_part(a, part, weights)
+
+    def _part_of(self, a: Tensor | None) -> Tensor | None:
+        """Zeros (B, D) float32, to which the library's products of several chunks are added."""
+        return None if a is None else self.x.new_zeros(a.shape, dtype=torch.float32)
 
     def _weights(self, rows: Rows, log2_l: Tensor, g: Tensor) -> Weights:
         """For P': rows weigh G/max|G|, so that a loss scaled by 65536 changes nothing in the products."""
@@ -139,7 +147,7 @@ class BackwardCall(Call):
     def _weighted_operand(self, rows: Rows, share: Tensor) -> Tensor:
         """xn·share (B_pad, D_pad); 0 where the share is, whatever the row holds."""
         factor = torch.where(share == 0, 0.0, share * rows.inv[: self.plan.rows])
-        return (rows.operand.float() * self.padded(factor.float(), 0.0)[:, None]).to(self.plan.product)
+        return (rows.operand * self.padded(factor.float(), 0.0)[:, None]).to(self.plan.product)
 
     def _probabilities(
         self,
@@ -201,15 +209,15 @@ class BackwardCall(Call):
         weights: Weights,
         inv: Tensor,
         shift: Tensor,
-        a: Tensor | None,
+        part: Tensor | None,
         dw: Tensor | None,
         targets: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Both products of classes start..stop: a += P'ᵀ·w, dw = P'·operand, finished."""
+        """Both products of classes start..stop: part += P'ᵀ·w, dw = P'·operand, finished."""
         plan, tile = self.plan, self.blocks.weight
-        if a is not None:
-            product = mm_f32(p[: stop - start, : plan.rows].T, self._chunk_of_w(start, stop, inv, shift))
-            a.addcmul_(product, weights.row_factor[:, None])
+        if part is not None:
+            centres = self._chunk_of_w(start, stop, inv, shift)
+            add_mm_f32(part, p[: stop - start, : plan.rows].T, centres)
         if dw is None or targets is None:
             return
         segment, tangents = targets
@@ -299,3 +307,8 @@ class BackwardCall(Call):
             pulls = sums
             step *= SEGMENT
         return segment, pulls
+
+
+def _add_part(a: Tensor | None, part: Tensor | None, weights: Weights) -> None:
+    if a is not None and part is not None:
+        a.addcmul_(part, weights.row_factor[:, None])

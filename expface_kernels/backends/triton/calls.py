@@ -1,7 +1,7 @@
 """The two ways in which work reaches the device, so that one place can watch all of it.
 
 launch(kernel, programs, tile, …)   a kernel of ours
-mm_f32(a, b)                        the library's product
+add_mm_f32(total, a, b)             the library's product
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> None:
         kernel[(programs,)](**arguments)
 
 
-def mm_f32(a: Tensor, b: Tensor) -> Tensor:
-    """a·b in float32, accumulated in float32, whatever a and b are; 16-bit CPU products have no such mode."""
+def add_mm_f32(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a·b in float32, accumulated in float32, whatever a and b are; 16-bit CPU products have no such
+    mode."""
     if _watchers and (show := _watchers[-1][1]) is not None:
         show(a, b)
     if a.dtype == torch.float32:
-        return torch.mm(a, b)
-    if a.device.type == "meta":  # as on a GPU: no copies
-        return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif a.device.type != "meta":  # where there is nothing to add, nor to copy
+        total.addmm_(a.float(), b.float())

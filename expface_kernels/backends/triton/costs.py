@@ -177,9 +177,10 @@ KERNELS: dict[str, Callable[[Arguments], Traffic]] = {
 
 
 def library_product(a: Tensor, b: Tensor) -> Traffic:
-    """a (m, k) times b (k, n), float32 out."""
+    """a (m, k) times b (k, n), added to what is float32."""
     flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
-    return flops, a.numel() * a.element_size() + b.numel() * b.element_size(), 4 * a.shape[0] * b.shape[1]
+    total = 4 * a.shape[0] * b.shape[1]
+    return flops, a.numel() * a.element_size() + b.numel() * b.element_size() + total, total
 
 
 OPERATORS = "torch's operators"
@@ -202,7 +203,7 @@ class Recorder:
 
     def operator(self, func: Any, args: Any, out: Any) -> None:
         """One of torch's; all of its bytes stand as read. A product is one that `product` has been shown."""
-        if func.overloadpacket is not torch.ops.aten.mm and (moved := traffic(func, args, out)):
+        if func.overloadpacket is not torch.ops.aten.addmm_ and (moved := traffic(func, args, out)):
             self._add(OPERATORS, torch.float32, (0, moved, 0), 1)
 
     def _add(self, name: str, dtype: torch.dtype, traffic: Traffic, multiplications: int) -> None:

@@ -14,9 +14,9 @@ from expface_kernels.backends.base import Request
 
 PAD = 128
 """Rows and chunks of classes are padded to a multiple of this: no kernel masks its inner loop for them."""
-CHUNK_BYTES = 128 * 2**20
-"""P' of a chunk of classes, in memory between the kernel that writes it and the two that read it; as much
-again, at most, for the chunk's centres where dX multiplies a copy of them."""
+CHUNK_BYTES = 256 * 2**20
+"""P' of a chunk of classes, in memory between the kernel that writes it and the two that read it, together
+with the chunk's centres where dX multiplies a copy of them. Every chunk reads what has B rows once more."""
 LARGEST_PLAIN_SCALE = 70.0
 """Up to here exp(s·cos) of all classes adds up in float32 without a running maximum."""
 
@@ -70,8 +70,8 @@ class Plan:
     @property
     def chunk(self) -> int:
         """Classes of a chunk of P' and, beside it, of copied centres; a multiple of PAD."""
-        widest = max(self.rows_pad, self.copied, PAD)
-        affordable = CHUNK_BYTES // (widest * self.product.itemsize)
+        width = max(self.rows_pad, PAD) + self.copied
+        affordable = CHUNK_BYTES // (width * self.product.itemsize)
         return min(max(affordable // PAD, 1) * PAD, self.classes_pad)
 
     @property
