@@ -150,8 +150,8 @@ def ruled_blocks(
     tile = Tile(128, 128, bk, 8, deep)
     weight = Tile(128, min(128, max(16, _power_of_two(features))), 64, 8, stages)
     # Sums alone leave registers for twice the classes where matrix instructions read shared memory and no
-    # feature is masked: half the sums to write, rows loaded half as often. On sm_90 deeper blocks spill, and at
-    # D = 256, where the compiler unrolls the whole loop, these do.
+    # feature is masked: half the sums to write, rows loaded half as often. On sm_90 deeper blocks spill, and
+    # at D = 256, where the compiler unrolls the whole loop, these do.
     wide = not (amd or ampere) and stored == product and features >= 512 and features % 32 == 0
     return Blocks(Tile(128, 256, 32, 8, 4) if wide else tile, tile, tile, weight, "ieee")
 
