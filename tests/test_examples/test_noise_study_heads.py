@@ -19,9 +19,6 @@ from tests.tolerances import CENTRAL_DIFFERENCE, CLOSED_FORM, SIX_DIGITS
 ANGLES = torch.linspace(0.02, math.pi - 0.02, 200, dtype=torch.float64)
 
 
-# Heads
-
-
 def test_a_floored_slope_is_the_steeper_of_the_margins_and_the_cosines() -> None:
     phi = math.pi * (ANGLES / math.pi) ** 0.7
     exact = -0.7 * (ANGLES / math.pi) ** -0.3 * torch.sin(phi)
