@@ -188,7 +188,10 @@ def print_comparison(comparison: Comparison, out: Output) -> None:
     for line in comparison.regressions:
         out.line(f"REGRESSION: {line}")
     if not comparison.regressions:
+        gone = sum(change.after is None for change in comparison.changes)
         out.line("No regression.")
+        if gone:
+            out.line(f"Not compared: {gone} of {len(comparison.changes)} numbers, missing in the second.")
 
 
 def _growth(change: Change) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from expface_kernels.margins import TARGET_GRADIENTS, is_per_row, row_parameters
 
 REDUCTIONS = ("mean", "sum", "none")
+LARGEST_INTEGER = 2**63 - 1  # that an op of torch takes
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (
     torch.int8,
@@ -130,6 +131,8 @@ def check_options(
     check_gradient_tolerance(gradient_tolerance)
     check_integer("ignore_index", ignore_index)
     check_integer("workspace_bytes", workspace_bytes, least=0)
+    if workspace_bytes > LARGEST_INTEGER:
+        raise ValueError(f"workspace_bytes: expected at most 2**63 - 1, got {workspace_bytes}")
 
 
 def check_reduction(reduction: Any) -> None:

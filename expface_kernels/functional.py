@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from expface_kernels import backends, ops
 from expface_kernels.backends.base import Forward, Request
@@ -177,6 +178,7 @@ def negatives_of(
         request = Request(scale, keep, workspace_bytes, find_hardest, product_dtype, sparse_grad)
         out = backends.REFERENCE.forward(rows, weight, y, class_subset, request)
     else:
+        _refuse_forward_mode(embeddings, weight)
         # Here, where the scale is a number: inside the op no size may depend on it.
         workspace_bytes = backends.op_backend(name).usable_workspace(workspace_bytes, scale)
         scale_tensor = as_tensor(scale, torch.ones((), dtype=torch.float64, device="cpu"))
@@ -245,3 +247,14 @@ def topk_cosine(
     name = backends.resolve(backend, embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         return backends.serving(name, embeddings, weight).topk(embeddings, weight, k)
+
+
+def _refuse_forward_mode(*inputs: Tensor) -> None:
+    """The op has no forward-mode derivative; torch would take it for zero and say nothing."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):
+        raise RuntimeError(
+            "expface_kernels computes reverse-mode derivatives only, not torch.func.jvp: backend='reference' "
+            "has both"
+        )

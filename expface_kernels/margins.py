@@ -246,6 +246,8 @@ def target_similarity(margin: MarginFunction, theta: Tensor, target_gradient: st
     if not isinstance(psi, Tensor) or psi.shape != theta.shape:
         got = tuple(psi.shape) if isinstance(psi, Tensor) else type(psi).__name__
         raise ValueError(f"margin must return psi of theta's shape {tuple(theta.shape)}, got {got}")
+    if not psi.is_floating_point():
+        raise ValueError(f"margin must return floating point psi, got {psi.dtype}")
     if exact:
         return psi
     cos = torch.cos(theta)

@@ -339,6 +339,13 @@ def test_a_margin_that_returns_another_shape_raises(
         target_similarity(wrong, angles(), target_gradient)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128], ids=str)
+def test_a_margin_that_returns_no_real_numbers_raises(dtype: torch.dtype) -> None:
+    for target_gradient in ("exact", "detached"):
+        with pytest.raises(ValueError, match=f"^margin must return floating point psi, got {dtype}$"):
+            target_similarity(lambda theta: theta.to(dtype), angles(), target_gradient)
+
+
 def test_a_parameter_of_another_batch_size_names_both_shapes() -> None:
     text = "margin: expected a parameter of shape (8,), one value a row, got (5,)"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):

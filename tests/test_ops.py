@@ -233,6 +233,30 @@ def test_a_second_derivative_raises_our_own_words(name: str, wanted: str) -> Non
         (first**2).sum().backward()
 
 
+@op_backend
+def test_a_forward_mode_derivative_is_refused_and_not_taken_for_zero(name: str) -> None:
+    x, w, y = batch("random", 5, 9, 8)
+    for position, given in enumerate((x, w)):
+
+        def loss(changed: Tensor, at: int = position) -> Tensor:
+            inputs = [x, w]
+            inputs[at] = changed
+            return margin_cross_entropy(*inputs, y, backend=name)
+
+        with pytest.raises(RuntimeError, match="reverse-mode derivatives only"):
+            torch.func.jvp(loss, (given,), (torch.ones_like(given),))
+
+
+def test_the_reference_has_the_forward_mode_derivative() -> None:
+    x, w, y = batch("random", 5, 9, 8)
+    direction = torch.ones_like(x)
+    _, along = torch.func.jvp(
+        lambda x: margin_cross_entropy(x, w, y, backend="reference"), (x,), (direction,)
+    )
+    (dx,) = torch.autograd.grad(margin_cross_entropy(x.requires_grad_(), w, y, backend="reference"), x)
+    assert_close(along, (dx * direction).sum(), dtype=F64)
+
+
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 

@@ -57,23 +57,35 @@ def file_to_write(name: str, path: Path) -> Path:
     """The path; ValueError where no file can be written there."""
     if path.is_dir():
         raise ValueError(f"{name}: expected a file, got the directory {path}")
-    return _writable(name, path)
+    _writable(name, path)
+    there = path.exists()
+    try:
+        path.open("a").close()  # what may be written is more than modes say, on /proc for one
+    except OSError as error:
+        raise ValueError(f"{name}: {path} cannot be written ({error.strerror})") from error
+    if not there:
+        path.unlink()
+    return path
 
 
 def folder_to_write(name: str, path: Path) -> Path:
-    """The path, of a folder that is there or can be made; ValueError where it cannot be written to."""
+    """The path, of a folder that is there now; ValueError where none can be made or written to."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{name}: expected a directory, got the file {path}")
-    return _writable(name, path)
+    _writable(name, path)
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{name}: {path} cannot be made ({error.strerror})") from error
+    return path
 
 
-def _writable(name: str, path: Path) -> Path:
+def _writable(name: str, path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"{name}: there is no directory {path.parent}")
     existing = path if path.exists() else path.parent
     if not os.access(existing, os.W_OK):
         raise ValueError(f"{name}: {existing} cannot be written")
-    return path
 
 
 def at_least(name: str, value: float, least: float) -> None:

@@ -113,8 +113,11 @@ def _modelled(options: argparse.Namespace, command: str) -> None:
         if name not in MODELLED and value != parser().get_default(name):
             raise ValueError(f"{name.replace('_', '-')}: --model counts a step and measures nothing")
     workspace = _workspace_bytes(options)
+    case = _replaced(dataclasses.replace(DEFAULT, dtype="bfloat16"), options, (*SHAPE, *KIND))
+    if max(case.rows, case.features) * case.classes > model.LARGEST:
+        raise ValueError(f"classes: expected at most 2**59 logits and weights, got C = {case.classes:,}")
     found = model.Model.of(
-        _replaced(dataclasses.replace(DEFAULT, dtype="bfloat16"), options, (*SHAPE, *KIND)),
+        case,
         options.model,
         DEFAULT_WORKSPACE_BYTES if workspace is None else workspace,
         command,

@@ -116,7 +116,6 @@ def main(argv: Sequence[str]) -> int:
         return 2
     sweep, code = _run(plan, options.json)
     if options.plots is not None:
-        options.plots.mkdir(exist_ok=True)
         for path in plots.draw(sweep, options.plots):
             print(f"wrote {path}")
     return code

@@ -76,11 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         glyphs = load(options.data)
+        _make_room(options.out, options.json)
         if plan.toy:
             glyphs = Glyphs(glyphs.train.subset(64, 6), glyphs.validation, glyphs.test.subset(40, 4))
         _announce(console, glyphs, options.losses, plan, options.out)
         runs = {name: _run(console, name, glyphs, plan.recipe) for name in dict.fromkeys(options.losses)}
-    except (DataError, TrainingError) as error:
+    except (DataError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     console.print(_verification_table(runs))
@@ -259,8 +260,14 @@ def _figures(
     }
 
 
-def _save_pictures(out: Path, runs: dict[str, Run], glyphs: Glyphs) -> None:
+def _make_room(out: Path, figures: Path | None) -> None:
+    """OSError where the folder or the file cannot be made: now, not after the training."""
     out.mkdir(parents=True, exist_ok=True)
+    if figures is not None:
+        figures.touch()
+
+
+def _save_pictures(out: Path, runs: dict[str, Run], glyphs: Glyphs) -> None:
     results = {name: run.verification for name, run in runs.items()}
     pictures.training_curves(out / "training.png", {name: run.curve for name, run in runs.items()})
     pictures.roc(out / "roc.png", results)

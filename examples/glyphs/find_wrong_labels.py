@@ -175,7 +175,7 @@ def _save_pictures(
     out: Path, found: Found, images: Tensor, labels: Tensor, truth: Tensor, count: int
 ) -> None:
     """The sheet of suspects, and where the last epoch's rows lay."""
-    sure = surest_of_each_class(found.ranker, labels)
+    sure = surest_of_each_class(found.ranker, labels, truth)
     blank = torch.zeros_like(images[0, 0])
     scores, likely = found.ranker.scores, found.ranker.likely_class
     suspects = []
@@ -183,7 +183,7 @@ def _save_pictures(
         given, guess, true = int(labels[i]), int(likely[i]), int(truth[i])
         suspect = pictures.Suspect(
             image=images[i, 0],
-            given=images[sure[given], 0],
+            given=images[sure[given], 0] if given in sure else blank,
             likely=images[sure[guess], 0] if guess in sure else blank,
             score=float(scores[i]),
             is_noisy=given != true,
@@ -194,9 +194,10 @@ def _save_pictures(
     found.monitor.draw(out / "angles.png", [ExpFace(), ArcFace(), CosFace()])
 
 
-def surest_of_each_class(ranker: LabelNoiseRanker, labels: Tensor) -> dict[int, int]:
-    """Class → the least suspicious sample with that label, as a picture of the class."""
+def surest_of_each_class(ranker: LabelNoiseRanker, labels: Tensor, truth: Tensor) -> dict[int, int]:
+    """Class → the least suspicious sample that is rightly labelled so: a picture of the class."""
     ranking = ranker.ranking()
+    ranking = ranking[(labels == truth)[ranking]]
     # From the most suspicious on: the last one stays.
     return dict(zip(labels[ranking].tolist(), ranking.tolist(), strict=True))
 

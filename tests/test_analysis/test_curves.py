@@ -191,6 +191,13 @@ def test_angles_are_checked(theta: Any, error: type[Exception], words: str) -> N
             f(ExpFace(), theta)
 
 
+def test_an_unknown_target_gradient_is_not_taken_for_the_detached_one() -> None:
+    theta = torch.tensor([1.0], dtype=torch.float64)
+    for f in (slope, pull):
+        with pytest.raises(ValueError, match=r"target_gradient: expected one of .* got 'Exact'"):
+            f(ExpFace(), theta, "Exact")
+
+
 @pytest.mark.parametrize(
     ("margin", "words"),
     [

@@ -50,7 +50,7 @@ def test_flipped_labels_of_an_easy_set_are_found_with_their_true_classes() -> No
     assert quality.precision > 0.9
     first = found.ranker.suspects(20)
     assert (found.ranker.likely_class[first] == truth[first]).float().mean() > 0.9
-    sure = find_wrong_labels.surest_of_each_class(found.ranker, labels)
+    sure = find_wrong_labels.surest_of_each_class(found.ranker, labels, truth)
     assert sorted(sure) == list(range(6))
     assert all(int(labels[i]) == int(truth[i]) == c for c, i in sure.items())
     assert [angles.rows for angles in found.monitor.epochs] == [288] * 5

@@ -61,6 +61,17 @@ def test_missing_data_ends_the_demo_with_an_error(tmp_path: Path, capsys: pytest
     assert "none.npz does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--out", "--json"])
+def test_a_place_that_cannot_be_written_ends_the_demo_before_it_trains(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "_run", lambda *arguments: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    options = {"--out": str(tmp_path / "out"), option: str(tmp_path / "file" / "below")}
+    assert demo.main(["--toy", *(word for pair in options.items() for word in pair)]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def _run(tar: float, rank1: float) -> demo.Run:
     """A run that verified with the given figures; nothing else of it is looked at."""
     scores = Scores(np.zeros(1, np.float32), np.zeros(1, np.float32))

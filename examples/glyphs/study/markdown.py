@@ -169,12 +169,23 @@ def _name(row: Row) -> str:
 
 def _said(row: Row) -> str:
     """The difference and what may be said of it."""
-    a, b = row["scales"]
-    unlike = "" if a == b else f" (s = {a:g} against {b:g})"
+    unlike = _unlike(row)
     if row["higher"]:
         size = "" if row["decided"] else ", by how much is undecided"
         return f"{_points(row)} **{row[row['higher']]} higher**{size}{unlike}"
     return f"{_points(row)} {'no difference found' if row['decided'] else 'undecided'}{unlike}"
+
+
+def _unlike(row: Row) -> str:
+    """What the two heads differ in beside their names: s, and m where both are of one margin."""
+    margins = {head.partition("-")[0] for head in row["heads"]}
+    (m, other_m), (s, other_s) = row["ms"], row["scales"]
+    found = []
+    if len(margins) == 1 and m != other_m:
+        found.append(f"m = {m:g} against {other_m:g}")
+    if s != other_s:
+        found.append(f"s = {s:g} against {other_s:g}")
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _points(row: Row) -> str:

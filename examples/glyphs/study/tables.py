@@ -235,6 +235,7 @@ def _difference(
         "condition": a[1],
         "heads": [head_name(cell[2]) for cell in (a, b)],
         "scales": [strengths[cell][1] for cell in (a, b)],
+        "ms": [strengths[cell][0] for cell in (a, b)],
         "a": _called(a, strengths[a]),
         "b": _called(b, strengths[b]),
     }

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from expface_kernels.checks import check_target_gradient
 from expface_kernels.margins import MarginFunction, target_similarity
 
 # psi may pass ±1 by rounding without leaving the range of the cosine.
@@ -118,6 +119,7 @@ def _finite(psi: Tensor, theta: Tensor) -> Tensor:
 
 
 def _derivatives(margin: MarginFunction, theta: Tensor, target_gradient: str, order: int) -> Tensor:
+    check_target_gradient(target_gradient)
     theta = _angles(theta).clone().requires_grad_()
     with torch.enable_grad():
         value = _finite(target_similarity(margin, theta, target_gradient), theta)
