@@ -23,7 +23,6 @@ from expface_kernels.backends.triton.recording import Case as Launches
 from expface_kernels.tally import PeakMemory, traffic
 
 DTYPES = ("bfloat16", "float16", "float32")
-LARGEST = 2**59  # elements that a tensor can hold
 KIND, SCHEMA = "model", 1
 """What the JSON says it is, and the version of its fields."""
 

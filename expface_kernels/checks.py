@@ -16,6 +16,7 @@ from expface_kernels.margins import TARGET_GRADIENTS, is_per_row, row_parameters
 
 REDUCTIONS = ("mean", "sum", "none")
 LARGEST_INTEGER = 2**63 - 1  # that an op of torch takes
+LARGEST_TENSOR = 2**59  # numbers of a tensor: torch counts its bytes, 8 a number, in 63 bits
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (
     torch.int8,

@@ -21,6 +21,7 @@ from expface_kernels import backends, ops
 from expface_kernels.backends.base import Forward, Request
 from expface_kernels.checks import (
     check_class_subset,
+    check_flag,
     check_k,
     check_labels,
     check_options,
@@ -96,6 +97,7 @@ def margin_cross_entropy(
     margin = ExpFace() if margin is None else margin
     check_scale(scale)
     check_options(margin, reduction, ignore_index, target_gradient, gradient_tolerance, workspace_bytes)
+    check_flag("return_stats", return_stats)
     n = negatives(
         embeddings,
         weight,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from expface_kernels import backends
 from expface_kernels.checks import (
     FLOATS,
+    LARGEST_TENSOR,
     check_embedding_grad_scale,
     check_flag,
     check_gradient_tolerance,
@@ -121,7 +122,11 @@ class MarginSoftmaxHead(CentreModule):
             check_integer("num_classes", num_classes, least=1)
             check_integer("seed", seed)
             if dtype is not None and dtype not in FLOATS:
-                raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
+                came = dtype if isinstance(dtype, torch.dtype) else f"{type(dtype).__name__} {dtype!r}"
+                raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {came}")
+            if embedding_size * num_classes > LARGEST_TENSOR:
+                size = f"{embedding_size}·{num_classes}"
+                raise ValueError(f"num_classes: expected at most 2**59 numbers of centres, got {size}")
             self.embedding_size = embedding_size
             self.num_classes = num_classes
             self.margin = ExpFace() if margin is None else margin

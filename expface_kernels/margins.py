@@ -93,7 +93,7 @@ def as_tensor(value: Parameter, like: Tensor) -> Tensor:
 
 
 class ExpFace(Margin):
-    """psi = cos(π·(θ/π)^m): strictly decreasing, presses hardest in the middle of the angular space.
+    """psi = cos(π·(θ/π)^m): strictly decreasing; no penalty at 0 and π, the largest at θ = π·m^(1/(1−m)).
 
     m: 0 < m ≤ 1, no unit; m = 1 is no margin. The slope is bounded for m ≥ 1/2 and finite below it,
     since θ is floored at 1e-7. Source: arXiv 2509.19753.

@@ -296,6 +296,13 @@ def test_sizes_of_a_head_are_integers_of_at_least_one(name: str) -> None:
 def test_seed_and_dtype_of_a_head_are_checked() -> None:
     with raises(TypeError, "seed: expected an int, got float 0.5"):
         MarginSoftmaxHead(6, 10, seed=0.5)
+    with raises(TypeError, "dtype: expected float32, float64, bfloat16 or float16, got str 'float16'"):
+        MarginSoftmaxHead(8, 4, dtype="float16")
+    text = f"num_classes: expected at most 2**59 numbers of centres, got 512·{10**18}"
+    with raises(ValueError, text):
+        MarginSoftmaxHead(512, 10**18)
+    with raises(TypeError, "return_stats: expected True or False, got str 'no'"):
+        MarginSoftmaxHead(6, 10)(X, Y, return_stats="no")
     with raises(TypeError, "dtype: expected float32, float64, bfloat16 or float16, got torch.int64"):
         MarginSoftmaxHead(6, 10, dtype=torch.int64)
 

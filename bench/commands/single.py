@@ -15,6 +15,7 @@ from bench.commands.options import Parser, add_peers, at_least, check_fits, file
 from bench.peers.base import terms
 from bench.report import print_report
 from bench.run import Plan, run
+from expface_kernels.checks import LARGEST_TENSOR
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
@@ -114,7 +115,7 @@ def _modelled(options: argparse.Namespace, command: str) -> None:
             raise ValueError(f"{name.replace('_', '-')}: --model counts a step and measures nothing")
     workspace = _workspace_bytes(options)
     case = _replaced(dataclasses.replace(DEFAULT, dtype="bfloat16"), options, (*SHAPE, *KIND))
-    if max(case.rows, case.features) * case.classes > model.LARGEST:
+    if max(case.rows, case.features) * case.classes > LARGEST_TENSOR:
         raise ValueError(f"classes: expected at most 2**59 logits and weights, got C = {case.classes:,}")
     found = model.Model.of(
         case,

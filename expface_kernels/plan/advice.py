@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from expface_kernels.checks import LARGEST_TENSOR
 from expface_kernels.plan.devices import Rates, calibrate
-from expface_kernels.plan.job import LARGEST, Job
+from expface_kernels.plan.job import Job
 from expface_kernels.plan.memory import Item, divided_bytes, items_of, peak_bytes, tiles_of
 from expface_kernels.plan.optimizers import FUSED, SPARSE_TEMPORARY
 from expface_kernels.plan.seconds import Work, work_of
@@ -150,7 +151,7 @@ def _changes(job: Job, smallest: int | None) -> list[tuple[str, Job]]:
     found: list[tuple[str, dict[str, Any]]] = []
     if job.workspace_bytes:
         found.append(("workspace_bytes=0", {"workspace_bytes": 0}))
-    everything = 8 * min(job.rows * job.active_classes, LARGEST)
+    everything = 8 * min(job.rows * job.active_classes, LARGEST_TENSOR)
     if job.workspace_bytes < everything:
         found.append((KEEP_ALL, {"workspace_bytes": everything}))
     if job.optimizer in FUSED and not job.fused and not job.sparse_grad:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from expface_kernels.backends.base import Request
-from expface_kernels.checks import FLOATS, check_choice, check_integer, check_sample_rate
+from expface_kernels.checks import FLOATS, LARGEST_TENSOR, check_choice, check_integer, check_sample_rate
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.partial_fc.ranges import largest_shard
 from expface_kernels.partial_fc.sampling import sample_size
@@ -20,8 +20,6 @@ from expface_kernels.plan.optimizers import FUSED, OPTIMIZERS, SPARSE_TEMPORARY
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 AUTOCASTS = ("bfloat16", "float16")
-LARGEST = 2**59
-"""Numbers of a tensor, at most: torch counts its bytes, 8 a number, in 63 bits."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class Job:
             ("batch · classes", self.batch * self.classes),
             ("workspace_bytes / 8", self.workspace_bytes // 8),
         ):
-            if size > LARGEST:
+            if size > LARGEST_TENSOR:
                 about = f"some 10**{len(str(size)) - 1}"  # it may be too large for a float
                 raise ValueError(f"{name}: expected at most 2**59, which a tensor can hold, got {about}")
 
@@ -111,7 +109,7 @@ class Job:
     @property
     def most_ranks(self) -> int:
         """Of which a tensor can hold all rows."""
-        return LARGEST // (self.batch * self.features)
+        return LARGEST_TENSOR // (self.batch * self.features)
 
     @property
     def rows(self) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from expface_kernels.checks import LARGEST_TENSOR
 from expface_kernels.plan import Job, Rates, advise, plan, smallest_ranks
 from expface_kernels.plan.advice import KEEP_ALL
-from expface_kernels.plan.job import LARGEST
 
 RATES = Rates(flops=100e9, bandwidth=10e9, fresh=2e9)
 GB = 10**9
@@ -133,9 +133,9 @@ def test_each_change_changes_one_thing() -> None:
 def test_a_job_as_large_as_there_can_be_has_an_answer(device: str) -> None:
     """2⁵⁹ numbers in the centres or the rows: twice as many devices would bring too many rows."""
     for sizes in (
-        {"classes": LARGEST // 512},
-        {"classes": 100, "batch": LARGEST // 512},
-        {"classes": 10**6, "batch": 10**9, "features": LARGEST // 10**9},
+        {"classes": LARGEST_TENSOR // 512},
+        {"classes": 100, "batch": LARGEST_TENSOR // 512},
+        {"classes": 10**6, "batch": 10**9, "features": LARGEST_TENSOR // 10**9},
     ):
         job = Job(**{"device": device, "memory_bytes": 80 * GB, **sizes})
         assert advise(plan(job, RATES), RATES).smallest_ranks is None
