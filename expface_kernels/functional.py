@@ -242,7 +242,8 @@ def topk_cosine(
     """The k classes nearest to each row, without a margin and without (B, C) cosines.
 
     embeddings (B, D), weight (C, D), 1 ≤ k ≤ C → cosines (B, k), falling, float32 (float64 if an input is),
-    and classes (B, k) int64. No gradient. Peak extra memory: two tiles of cosines (64 MB) + O(B·(k + D)).
+    and classes (B, k) int64. No gradient. Peak extra memory: two tiles of cosines (64 MB, on a GPU 128 MB) +
+    O(B·(k + D)).
     """
     check_rows_and_centres(embeddings, weight)
     check_k(k, weight.shape[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expface_kernels import ArcFace, ExpFace, functional, margin_cross_entropy
 from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, NORM_EPS, Pairs, Request
-from expface_kernels.backends.triton import TritonBackend, plan
+from expface_kernels.backends.triton import TritonBackend, calls, plan
 from expface_kernels.functional import topk_cosine
 from expface_kernels.margins import MarginFunction
 from tests.cases import INTERPRETED, TRITON_DEVICE, batch, eager, truth
@@ -62,7 +62,7 @@ def _eager_errors(
         loss, dx, dw = eager(x[:, order], w[:, order], y, margin, reduction="sum", **options)
         there = (loss, right[0]), (dx, right[1][:, order]), (dw, right[2][:, order])
         found.append([relative_error(a, b) for a, b in there])
-    return [max(errors) for errors in zip(*found, strict=True)]
+    return torch.tensor(found).amax(0).tolist()  # NaN, wherever it stands, is no measure
 
 
 def _check(
@@ -113,6 +113,31 @@ def test_ragged_shapes(kind: str, shape: tuple[int, int, int]) -> None:
     _check(x.float(), w.float(), y, orders=8)
     if shape[1] > 2:
         _check(x.to(BF16), w.to(BF16), y, orders=8, workspace_bytes=0)
+
+
+@pytest.mark.parametrize("workspace_bytes", [0, 2 * 384 * 256, KEEP])  # of 700 classes 384 are kept, or all
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("kind", ["random", "mixed"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_the_wide_forward_tile(
+    dtype: torch.dtype, kind: str, listed: bool, workspace_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 classes, from D = 512 on: whole tiles, a part of one, and none of what is beside the list."""
+    x, w, y = batch(kind, 130, 700, 512)
+    x, w = x.to(dtype), w.to(dtype)
+    widths = []
+
+    def watched(kernel: Any, programs: int, tile: Any, **arguments: Any) -> None:
+        widths.append((kernel.__name__, tile.bn))
+        calls.launch(kernel, programs, tile, **arguments)
+
+    monkeypatch.setattr("expface_kernels.backends.triton.forward.launch", watched)
+    options: dict[str, Any] = {}
+    if listed:
+        options["class_subset"] = torch.cat([torch.arange(0, 700, 2), y]).unique()
+    _check(x, w, y, workspace_bytes=workspace_bytes, **options)
+    kept = workspace_bytes and dtype == BF16
+    assert (("forward_tile", 256) in widths) == (workspace_bytes != KEEP or not kept)
 
 
 @pytest.mark.parametrize("scale", [128.0, 256.0])

@@ -62,6 +62,14 @@ def test_float32_kernels_do_not_spill_in_their_loops_on_hopper() -> None:
     assert all(f.matrix.startswith("HGMMA") for f in findings if f.kernel in audit.MATRIX_KERNELS)
 
 
+@pytest.mark.parametrize("features", [128, 256, 1024])
+def test_no_forward_tile_of_the_rules_spills_on_hopper(features: int) -> None:
+    """Its blocks depend on D, and the compiler unrolls what is short."""
+    findings = audit.audit_case("sm_90", features, "bf16")
+    assert "forward_tile" in {finding.kernel for finding in findings}
+    assert [text for finding in findings for text in finding.complaints()] == []
+
+
 def test_what_is_wrong_is_said() -> None:
     good = audit.Finding(
         "sm_90", 512, "bf16", "forward_tile", 128, 98_304, 2, 0, 3, "HGMMA.64x128x16.F32.BF16", 32

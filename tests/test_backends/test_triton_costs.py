@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from expface_kernels.backends.triton import TritonBackend, calls, costs, plan
+from expface_kernels.backends.triton import TritonBackend, calls, costs, plan, tuning
 from expface_kernels.backends.triton.recording import Case
 from expface_kernels.tally import Moved
 from tests.cases import INTERPRETED, batch
@@ -163,14 +163,29 @@ def test_peak_of_a_step_is_that_of_the_allocations_really_made(
     assert result.gradient == dw.nbytes
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_bytes_and_flops_of_the_library_product_are_those_of_its_arguments(dtype: torch.dtype) -> None:
+    total, p, w = torch.zeros(5, 7), torch.ones(11, 5, dtype=dtype), torch.ones(11, 7, dtype=dtype)
+    flops, read, written = costs.library_product(p.T, w)
+    assert flops == 2 * 5 * 11 * 7
+    assert read == total.nbytes + p.nbytes + w.nbytes
+    assert written == total.nbytes
+    if dtype == F32:  # 16-bit operands are cast first on the CPU
+        with Moved() as moved:
+            calls.add_mm_f32(total, p.T, w)
+        assert moved.bytes == read + written
+
+
 @pytest.mark.parametrize("kept", [False, True])
-def test_a_step_at_a_million_classes_keeps_to_its_budget(kept: bool) -> None:
+def test_a_step_at_a_million_classes_keeps_to_its_budget(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rules' tiles: what a GPU was tuned to may move more and be faster."""
+    monkeypatch.setattr(tuning, "table", dict)
     case = Case(1024, 1_000_000, 512, workspace_bytes=2**50 if kept else 0)
     result = costs.costs(case, "sm_90")
     products, gigabytes = (3.2, 13.5) if kept else (4.2, 11.5)
     assert result.flops <= products * PRODUCT
     assert result.flops >= (3 if kept else 4) * PRODUCT
-    assert result.moved <= gigabytes * 1e9
+    assert (11.8 if kept else 11.264) * 1e9 < result.moved <= gigabytes * 1e9
     operators = sum(step.read for step in result.steps if step.name == costs.OPERATORS)
     assert 0 < operators <= 0.01 * result.moved  # sums over tiles, casts of rows
     if not kept:

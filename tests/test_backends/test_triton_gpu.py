@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expface_kernels import ArcFace, ExpFace, MarginSoftmaxHead, margin_cross_entropy
 from expface_kernels.backends.base import NO_TARGET, Request
-from expface_kernels.backends.triton import TritonBackend, autotune, costs, tuning
+from expface_kernels.backends.triton import TritonBackend, autotune, calls, costs, tuning
 from expface_kernels.backends.triton.recording import Case
 from expface_kernels.backends.triton.tuning import Tile
 from expface_kernels.functional import topk_cosine
@@ -222,6 +222,17 @@ def allow_tf32() -> Iterator[Callable[[bool], None]]:
 
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="no tf32 there")
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_the_librarys_products_add_up_in_float32(dtype: torch.dtype) -> None:
+    total = torch.ones(1, 40, device="cuda")
+    right = total.double()
+    for _ in range(3):
+        p, w = torch.rand(96, 128, device="cuda").to(dtype), torch.rand(96, 40, device="cuda").to(dtype)
+        calls.add_mm_f32(total, p[:, :1].T, w)
+        right += p[:, :1].T.double() @ w.double()
+    assert_close(total, right, dtype=F32, eager=0.0)
+
+
 def test_float32_is_plain_tf32_only_where_torch_was_told_so(allow_tf32: Callable[[bool], None]) -> None:
     for kind in ("random", "mixed"):
         x, w, y = batch(kind, 130, 3000, 512)

@@ -20,8 +20,37 @@ from expface_kernels.backends.triton.forward import ForwardCall
 from expface_kernels.backends.triton.plan import PAD, Plan
 from expface_kernels.backends.triton.recording import Case
 from tests.cases import INTERPRETED, MARGINS, TRITON_DEVICE, batch
+from tests.tolerances import assert_close
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (F32, BF16, F16)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_on_a_gpu_the_library_adds_a_16_bit_product_to_what_is_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(torch, "addmm", lambda *arguments, **options: seen.append((arguments, options)))
+    a, b = (SimpleNamespace(dtype=dtype, is_cuda=True, device=SimpleNamespace(type="cuda")) for _ in range(2))
+    total = torch.zeros(2, 3)
+    calls.add_mm_f32(total, a, b)  # type: ignore[arg-type]
+    [((first, *operands), options)] = seen
+    assert first is options.pop("out") is total
+    assert operands == [a, b]
+    assert options == {"out_dtype": F32}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_many_chunks_are_added_up_in_float32(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    total, right = torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.float64)
+    for _ in range(100):
+        p, w = (torch.rand(16, n, generator=random).to(dtype) for n in (3, 4))
+        calls.add_mm_f32(total, p.T, w)
+        right += p.T.double() @ w.double()
+    assert_close(total, right, dtype=F32, eager=0.0)
+
 
 # What would make the host wait for the device: a value, or a shape that depends on values.
 WAITING = (

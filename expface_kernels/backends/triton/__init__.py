@@ -63,7 +63,7 @@ class TritonBackend:
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
     ) -> Forward:
-        """Eqs. 2 to 4. Peak extra memory: the workspace + 4 bytes · B · classes / 128 + O(B·D)."""
+        """Eqs. 2 to 4. Peak extra memory: the workspace + 4 bytes · B · classes / 128 at most + O(B·D)."""
         from expface_kernels.backends.triton.forward import ForwardCall
 
         return ForwardCall(x, w, y, class_subset, request).forward()
@@ -84,7 +84,7 @@ class TritonBackend:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Eqs. 9 to 11. Peak extra memory beside dw: a chunk of P' (256 MiB), 4 bytes a class, O(B·D).
 
-        As much again as the chunk where centres are copied for dX: listed, cast by autocast, or float16.
+        Where centres are copied for dX (listed, cast by autocast, float16) the copy is part of the 256 MiB.
         """
         from expface_kernels.backends.triton.backward import BackwardCall
 

@@ -110,7 +110,7 @@ class ForwardCall(Call):
         with self.device():
             rows = self.rows()
             inv, shift, _ = self.split(self.empty(self.scratch_numel()))
-            chunk = max(plan.chunk // 2 // tile.bn, 1) * tile.bn
+            chunk = max(plan.chunk // 8 // tile.bn, 1) * tile.bn  # float32, two alive at once
             for start in range(0, plan.classes, chunk):
                 stop = min(start + chunk, plan.classes)
                 cos = self.empty((plan.rows, stop - start))

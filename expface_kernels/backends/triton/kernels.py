@@ -88,7 +88,7 @@ def _products(
 ):  # fmt: skip
     """x·wᵀ (BM, BN), and with NORMS partial sums (BN, BK) of the centres' squares.
 
-    The one place: another order of factors rounds otherwise, and the backward's p would not sum to 1.
+    The one place: other factors round otherwise, and the backward's p would not sum to 1. Blocks may differ.
     """
     b_acc = tl.zeros((BM, BN), tl.float32)
     b_squares = tl.zeros((BN, BK), tl.float32)
