@@ -9,7 +9,7 @@ from .plan import CONDITIONS, FINAL, MEND, MORE
 from .tables import DECISIVE, METRICS, SHARES_OF, WIDEST, shown_epochs
 
 CAPTIONS = {
-    "accuracy": "Accuracy against the share of wrong rows, each head at the m and s chosen for it, drawn apart",
+    "accuracy": "Accuracy against the share of wrong rows, each head at its own m and s, drawn apart",
     "gradient": "Share of the target gradient on wrong rows by epoch; dotted: their share of the rows",
     "angles": "Angles of right and wrong rows to the centre of their label: first, middle and last epoch",
     "mending": "Mean angle of the right rows at s = 32: the exact gradient, and what may mend it",
