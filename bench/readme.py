@@ -340,7 +340,8 @@ def demo(results: Path) -> str:
     data = json.loads(path.read_text())
     reached = data["losses"]["expface"]
     return _prose(
-        f"`make demo` on {data['cores']} cores: {data['characters']:,} kanji, {data['fonts']} fonts, "
+        f"`make demo` on {data['cores']} cores of an {data['cpu']}: {data['characters']:,} kanji, "
+        f"{data['fonts']} fonts, "
         f"{data['epochs']} epochs in {reached['seconds']:.0f} s; on {data['test_characters']} other kanji in "
         f"{data['test_fonts']} other fonts TAR@FAR 1e-3 is {reached['tar']['0.001']:.3f} and rank-1 "
         f"{reached['rank1']:.3f} (seed {data['seed']}). The whole demo took {data['seconds'] / 60:.1f} "
