@@ -79,7 +79,7 @@ def _results(folder: Path) -> Path:
     card = sweep.machine | {"gpu": {"card": "NVIDIA Test"}}
     (folder / "gpu-test.json").write_text(dataclasses.replace(sweep, machine=card).to_json())
     figures = {
-        "seconds": 225.0, "cores": 2, "seed": 0, "epochs": 8, "characters": 2200, "fonts": 20,
+        "seconds": 225.0, "cpu": "Test", "cores": 2, "seed": 0, "epochs": 8, "characters": 2200, "fonts": 20,
         "test_characters": 500, "test_fonts": 8,
         "losses": {"expface": {"seconds": 174.4, "tar": {"0.001": 0.7804}, "rank1": 0.8617}},
     }  # fmt: skip
