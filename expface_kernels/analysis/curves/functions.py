@@ -109,8 +109,6 @@ def _angles(theta: Tensor) -> Tensor:
 
 def _finite(psi: Tensor, theta: Tensor) -> Tensor:
     """psi as float64, if all of it is finite."""
-    if not psi.is_floating_point():
-        raise ValueError(f"margin: expected floating point psi, got {psi.dtype}")
     wrong = ~torch.isfinite(psi)
     if wrong.any():
         value, at = (float(values.detach()[wrong][0]) for values in (psi, theta))
