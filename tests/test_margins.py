@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -149,9 +149,10 @@ def test_slopes_agree_with_finite_differences(margin: MarginFunction, theta: flo
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(m=st.floats(0.01, 1.0), theta=st.floats(1e-12, 3.1))
+@example(m=1.0, theta=THETA_FLOOR)
 def test_expface_slope_is_its_closed_form_down_to_the_floor(m: float, theta: float) -> None:
     ratio = max(theta, THETA_FLOOR) / PI
-    expected = -math.sin(PI * ratio**m) * m * ratio ** (m - 1) if theta > THETA_FLOOR else 0.0
+    expected = -math.sin(PI * ratio**m) * m * ratio ** (m - 1) if theta >= THETA_FLOOR else 0.0
     assert_close(slope(ExpFace(m), angles(theta)), angles(expected), dtype=torch.float64)
 
 
