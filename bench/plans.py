@@ -92,7 +92,7 @@ FULL = Preset(
     ),
     CPU_PEERS,
     rounds=7,
-    seconds=1260,
+    seconds=1800,
 )
 QUICK = Preset(
     Grid(

@@ -1,7 +1,7 @@
 """A sweep as four PNGs: seconds and memory against classes, throughput against memory, speed-ups.
 
 Needs matplotlib, which is imported when something is drawn. Colours are Okabe and Ito's, which colour-blind
-readers tell apart; markers and dashes differ as well.
+readers tell apart, with a darker and a paler green; markers and dashes differ as well.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench import peers
 from bench.cases import Case
 from bench.peers import SAMPLED_BASELINE
-from bench.peers.ours import Ours
-from bench.sweep_report import direction, frontier, labels_of
+from bench.sweep_report import direction, frontier, labels_of, workspace_bytes
 from bench.sweep_result import Axis, Point, Sweep
 
 if TYPE_CHECKING:
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 DPI = 130
 BLUE, SKY, VERMILION, ORANGE = "#0072B2", "#56B4E9", "#D55E00", "#E69F00"
 GREEN, PURPLE, BLACK, GREY = "#009E73", "#CC79A7", "#000000", "#777777"
+DARK_GREEN, PALE_GREEN = "#005A41", "#6CC9AE"
 
 
 class Style(NamedTuple):
@@ -37,22 +36,24 @@ class Style(NamedTuple):
 
 STYLES = {
     "ours": Style(BLUE, "o"),
-    "ours@0": Style(SKY, "s"),
+    "ours@0": Style(SKY, "s", "--"),
     "eager": Style(VERMILION, "^"),
     "compiled": Style(ORANGE, "v"),
     "compiled_dynamic": Style(ORANGE, "v"),
     "pml_arcface": Style(PURPLE, "D"),
     "pml_cosface": Style(PURPLE, "d", "--"),
     "torch_linear": Style(GREEN, "P"),
-    "torch_linear_compiled": Style(GREEN, "X", "--"),
-    "torch_linear_dynamic": Style(GREEN, "X", "--"),
-    "torch_linear_chunked": Style(GREEN, "*", ":"),
+    "torch_linear_compiled": Style(DARK_GREEN, "X", "--"),
+    "torch_linear_dynamic": Style(DARK_GREEN, "X", "--"),
+    "torch_linear_chunked": Style(PALE_GREEN, "*", ":"),
     "cce": Style(BLACK, "<"),
     "cce_exact": Style(BLACK, ">", "--"),
     "liger": Style(GREY, "h"),
     "ours_sampled": Style(BLUE, "o", ":"),
     "partial_fc": Style(BLACK, "p", ":"),
 }
+RANKS = {name: rank for rank, name in enumerate(STYLES)}
+"""In legends."""
 OTHER = Style(GREY, ".")
 
 
@@ -113,7 +114,7 @@ def _against_classes(sweep: Sweep, *, memory: bool) -> Figure | None:
     if axis is None or not sweep.values(axis):
         return None
     directions = _directions(sweep)
-    figure, panels = _figure(len(directions), 5.2 * len(directions) + 4, 5.4, sharey=True, squeeze=True)
+    figure, panels = _figure(len(directions), 5.2 * len(directions) + 4, 5.4, sharex=True, sharey=True)
     handles: dict[str, Any] = {}
     texts: dict[str, str] = {}
     for panel, backward in zip(panels, directions, strict=True):
@@ -129,12 +130,21 @@ def _against_classes(sweep: Sweep, *, memory: bool) -> Figure | None:
         panel.set(xscale="log", yscale="log", xlabel="classes C", title=direction(backward))
         panel.grid(alpha=0.3, which="major")
         panel.yaxis.set_tick_params(labelleft=True)
-        handles["guide"], texts["guide"] = _guide(panel), "slope 1: in proportion to C"
+    texts["guide"] = "slope 1: in proportion to C"
+    for panel in panels:
+        handles["guide"] = _guide(panel)
     quantity = "peak extra memory of a step, MB (1e6 bytes)" if memory else "median seconds of a step"
     panels[0].set_ylabel(f"{quantity} (log)")
     what = "Extra memory" if memory else "Time (hollow: a single round)"
     _title(figure, sweep, f"{what} against classes, {_shape(axis)}")
-    figure.legend(handles.values(), texts.values(), loc="outside lower center", ncols=2, fontsize=8)
+    order = sorted(handles, key=lambda name: (name == "guide", RANKS.get(name, len(RANKS))))
+    figure.legend(
+        [handles[name] for name in order],
+        [texts[name] for name in order],
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+    )
     return figure
 
 
@@ -178,11 +188,10 @@ def _mark_single_rounds(panel: Axes, peer: str, line: Iterable[tuple[int, Point]
 
 
 def _guide(panel: Axes) -> Any:
-    """A pale line of slope 1, from the lower left corner on."""
+    """A pale line of slope 1 through the lower left corner."""
     (left, right), (low, _) = panel.get_xlim(), panel.get_ylim()
     panel.autoscale(False)
-    (line,) = panel.plot([left, right], [low, low * right / left], color="#bbbbbb", linewidth=1, zorder=0)
-    return line
+    return panel.axline((left, low), (right, low * right / left), color="#bbbbbb", linewidth=1, zorder=0)
 
 
 def _shape(axis: Axis) -> str:
@@ -223,7 +232,7 @@ def _frontier(sweep: Sweep) -> Figure | None:
         *zip(*map(place, ours), strict=True), color=BLUE, marker="o", label="ours, by its workspace in MiB"
     )
     for point in ours:
-        text = f"{_workspace_bytes(point.peer) / 2**20:.0f}"
+        text = f"{workspace_bytes(point) / 2**20:.0f}"
         panel.annotate(text, place(point), (0, 9), textcoords="offset points", ha="center", fontsize=8)
     for peer, point in others.items():
         style = _style(peer)
@@ -241,12 +250,6 @@ def _frontier(sweep: Sweep) -> Figure | None:
     _title(figure, sweep, f"Throughput and memory, B={case.rows:,}, C={case.classes:,}, D={case.features:,}")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
-
-
-def _workspace_bytes(peer: str) -> int:
-    found = peers.get(peer)
-    assert isinstance(found, Ours)
-    return found.workspace_bytes
 
 
 def _speedups(sweep: Sweep) -> Figure | None:

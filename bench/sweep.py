@@ -25,11 +25,13 @@ from bench.show import Progress
 from bench.sweep_result import Axis, Point, Sweep
 
 # Of a shape's time: for the forward's rounds, both directions' rounds, and memory.
-FORWARD_WEIGHT, BACKWARD_WEIGHT, MEMORY_WEIGHT = 1.0, 4.0, 3.0
+FORWARD_WEIGHT, BACKWARD_WEIGHT, MEMORY_WEIGHT = 2.0, 4.0, 4.0
 # A first step shorter than this part of what is left is followed by another to warm up.
 SHORT = 1 / 40
 # Of the time that follows FLOPs, what is shared out evenly as well: starting processes, compiling.
-EVEN = 1 / 3
+EVEN = 2 / 3
+# Resident memory is measured this often where time is left: one sample may be some MB off.
+MEMORY_ROUNDS = 3
 NO_TIME = "no time was left"
 
 
@@ -251,22 +253,24 @@ class Run:
         order = sorted(range(len(points)), key=lambda i: not points[i].case.backward)
         points = list(points)
         with memory.Meter(case, names) as meter:
-            for i in order:
-                points[i] = self._with_memory(points[i], meter, budget)
+            # torch's allocator counts exactly, resident memory does not.
+            for _ in range(1 if case.device == "cuda" else MEMORY_ROUNDS):
+                for i in order:
+                    points[i] = self._with_memory(points[i], meter, budget)
         return points
 
     def _with_memory(self, point: Point, meter: memory.Meter, budget: Budget) -> Point:
-        if not point.seconds:
+        if not point.seconds or point.error:
             return point
         point = dataclasses.replace(point, roofline_seconds=self._roofline(point))
         key = (*_key(point), "memory")
         steps = memory.STEPS + peers.get(point.peer).compiles
         step_seconds = max(point.seconds)
         if self.costs.once(key) + steps * step_seconds > budget.left:
-            return _noted(point, f"its memory: {NO_TIME}")
+            return point if point.memory_samples else _noted(point, f"its memory: {NO_TIME}")
         start = self.clock()
         try:
-            point = dataclasses.replace(point, extra_bytes=meter.extra_bytes(point.peer, point.case))
+            point = point.with_memory(meter.extra_bytes(point.peer, point.case))
         except Exception as error:  # as above
             point = _failed(point, error)
         once = self.clock() - start - steps * step_seconds

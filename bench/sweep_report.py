@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench import peers
 from bench.peers import BASELINE, SAMPLED_BASELINE
+from bench.peers.ours import Ours
 from bench.report import NONE, describe_case, print_gates, print_machine
 from bench.show import Output
 from bench.slopes import rounded, slopes
@@ -84,7 +85,14 @@ def frontier(sweep: Sweep) -> list[Point]:
     for case in dict.fromkeys(shapes):
         ours = [p for name, p in sweep.at(case).items() if name == "ours" or name.startswith("ours@")]
         found = max(found, ours, key=len)
-    return sorted(found, key=lambda point: point.extra_bytes or 0) if len(found) > 2 else []
+    return sorted(found, key=workspace_bytes) if len(found) > 2 else []
+
+
+def workspace_bytes(point: Point) -> int:
+    """Of ours."""
+    peer = peers.get(point.peer)
+    assert isinstance(peer, Ours)
+    return peer.workspace_bytes
 
 
 def _print_frontier(sweep: Sweep, out: Output) -> None:

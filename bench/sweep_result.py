@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,9 @@ class Point:
     seconds: tuple[float, ...] = ()
     """Of each round."""
     extra_bytes: int | None = None
-    """Peak memory of a step beside inputs and gradients."""
+    """Peak memory of a step beside inputs and gradients: the median of its samples."""
+    memory_samples: tuple[int, ...] = ()
+    """In bytes, of each round."""
     needs_bytes: int | None = None
     """What it would need in all, where that is more than there is."""
     reason: str | None = None
@@ -35,6 +38,11 @@ class Point:
     error: str | None = None
     roofline_seconds: float | None = None
     """The least time that the card could take, for ours on a card whose rates are known."""
+
+    def with_memory(self, sample: int) -> Point:
+        """With one sample of its memory more, in bytes."""
+        samples = (*self.memory_samples, sample)
+        return dataclasses.replace(self, memory_samples=samples, extra_bytes=statistics.median_low(samples))
 
     @property
     def spread(self) -> Spread | None:
@@ -121,7 +129,10 @@ class Sweep:
 
 def _point(entry: dict[str, Any]) -> Point:
     fields = {name: value for name, value in entry.items() if name != "summary"}
-    return Point(**fields | {"case": Case(**entry["case"]), "seconds": tuple(entry["seconds"])})
+    fields["case"] = Case(**entry["case"])
+    for samples in ("seconds", "memory_samples"):
+        fields[samples] = tuple(entry.get(samples, ()))
+    return Point(**fields)
 
 
 def _same_shape(a: Case, b: Case) -> bool:

@@ -137,8 +137,8 @@ def test_a_slow_peer_is_left_out_with_its_reason_and_the_fast_one_stays(sweeper:
 def test_fewer_rounds_where_time_is_short_but_at_least_one(sweeper: Sweeper) -> None:
     sweeper.add("a")
     step = PER_FLOP * dataclasses.replace(BASE, classes=100).flops
-    # Timing gets 4/7 of a shape's time where there is one direction, memory the rest.
-    (point,) = sweeper.run([100], 7 / 4 * 4.5 * step, rounds=9).points
+    # Timing gets half of a shape's time where there is one direction, memory the rest.
+    (point,) = sweeper.run([100], 2 * 4.5 * step, rounds=9).points
     assert len(point.seconds) == 3  # and two to warm up, or one
 
 
@@ -147,7 +147,7 @@ def test_fewer_rounds_where_time_is_short_but_at_least_one(sweeper: Sweeper) -> 
     [
         (1.6, 0, False),  # the first step shows that a round would break the budget
         (3.5, 1, False),  # two for memory would
-        (6.0, 2, True),
+        (6.2, 2, True),
     ],
 )
 def test_one_slow_peer_of_which_nothing_was_known(
@@ -171,6 +171,26 @@ def test_compiling_is_paid_for_once_and_known_then(sweeper: Sweeper) -> None:
     assert first.seconds
     assert not second.seconds
     assert found.took_seconds <= 500
+
+
+def test_memory_is_the_median_of_as_many_samples_as_time_allows(
+    sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweeper.add("a")
+    samples = iter((700, 100, 300, 900))
+
+    def extra_bytes(meter: memory.Meter, name: str, case: Case) -> int:
+        sweeper.clock.now += memory.STEPS * PER_FLOP * case.flops
+        return next(samples)
+
+    monkeypatch.setattr(memory.Meter, "extra_bytes", extra_bytes)
+    step = PER_FLOP * dataclasses.replace(BASE, classes=100).flops
+    (point,) = sweeper.run([100], 1e6).points
+    assert point.memory_samples == (700, 100, 300)
+    assert point.extra_bytes == 300
+    (point,) = sweeper.run([100], 6.2 * step).points
+    assert point.memory_samples == (900,)  # of which one is enough: no reason why there is no other
+    assert point.reason is None
 
 
 def test_what_needs_more_memory_than_there_is_says_how_much(
