@@ -36,14 +36,15 @@ test: $(VENV)/.installed  ## all tests, one worker a core (each takes one thread
 
 # The tests of every backend run over the triton backend too where there is a GPU, over it alone where
 # TRITON_INTERPRET is set; -k leaves out those that do not concern it.
-EVERY_BACKEND := $(patsubst %,tests/test_backends/%.py,test_backends test_edges test_accuracy)
+EVERY_BACKEND := $(patsubst %,tests/test_backends/%.py,test_backends test_edges test_accuracy test_negatives)
 TRITON_TESTS := -k triton $(EVERY_BACKEND) $(wildcard tests/test_backends/test_triton*.py)
 test-triton: $(VENV)/.installed  ## the triton backend in its interpreter, on the CPU (under 150 s on 2 cores)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --disable-warnings $(TRITON_TESTS)
 
 # With PY=python3 it needs torch, triton, numpy and pytest alone. Compiling kernels is most of the time, so each
 # file is a process of its own.
-GPU_FILES := test_backends test_edges test_accuracy test_triton test_triton_host test_triton_gpu
+GPU_FILES := test_backends test_edges test_accuracy test_negatives \
+	test_triton test_triton_shapes test_triton_host test_triton_gpu
 test-gpu: $(READY)  ## the triton backend on this machine's GPU
 	@$(MAKE) --no-print-directory --keep-going --jobs=5 --output-sync=target $(GPU_FILES:%=gpu-%)
 
