@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     name = next((word for word in argv if not word.startswith("-")), None)
+    if name is None and not {"-h", "--help"}.intersection(argv):
+        print(f"{PROGRAM}: expected a command of {', '.join(COMMANDS)} (see --help)", file=sys.stderr)
+        return 2
     parser = Parser(prog=PROGRAM, description="Tools of expface_kernels; COMMAND --help says more.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     try:

@@ -16,6 +16,7 @@ from bench.peers.base import terms
 from bench.report import print_report
 from bench.run import Plan, run
 from expface_kernels.checks import LARGEST_TENSOR
+from expface_kernels.cli.numbers import byte_count, count
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
@@ -39,9 +40,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--toy", action="store_true", help="a tiny case, few rounds: does everything work and agree?"
     )
-    p.add_argument("--rows", type=int, metavar="B")
-    p.add_argument("--classes", type=int, metavar="C")
-    p.add_argument("--features", type=int, metavar="D")
+    p.add_argument("--rows", type=count, metavar="B")
+    p.add_argument("--classes", type=count, metavar="C")
+    p.add_argument("--features", type=count, metavar="D")
     p.add_argument("--margin", choices=MARGINS, help="at its default strength (default: expface)")
     p.add_argument("--scale", type=float, help="s (default: 64)")
     p.add_argument("--target-gradient", choices=TARGET_GRADIENTS, help="of every peer (default: exact)")
@@ -51,10 +52,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, help=f"in a run, each peer once in each (default: {ROUNDS})")
     p.add_argument("--runs", type=int, help=f"of which the quietest is reported (default: {RUNS})")
     add_peers(p, list(peers.PEERS))
-    p.add_argument("--workspace-bytes", type=int, help='of the peer "ours" (default: 256 MiB)')
+    p.add_argument("--workspace-bytes", type=byte_count, help='of the peer "ours" (default: 256 MiB)')
     p.add_argument(
         "--memory-classes",
-        type=int,
+        type=count,
         nargs="+",
         metavar="C",
         help=f"class counts of the memory sweep at B={MEMORY.rows}, D={MEMORY.features} "
@@ -113,7 +114,7 @@ def _modelled(options: argparse.Namespace, command: str) -> None:
     for name, value in vars(options).items():
         if name not in MODELLED and value != parser().get_default(name):
             raise ValueError(f"{name.replace('_', '-')}: --model counts a step and measures nothing")
-    workspace = _workspace_bytes(options)
+    workspace = options.workspace_bytes
     case = _replaced(dataclasses.replace(DEFAULT, dtype="bfloat16"), options, (*SHAPE, *KIND))
     if max(case.rows, case.features) * case.classes > LARGEST_TENSOR:
         raise ValueError(f"classes: expected at most 2**59 logits and weights, got C = {case.classes:,}")
@@ -133,19 +134,12 @@ def _replaced(case: Case, options: argparse.Namespace, names: Sequence[str]) -> 
     return dataclasses.replace(case, **given)
 
 
-def _workspace_bytes(options: argparse.Namespace) -> int | None:
-    workspace: int | None = options.workspace_bytes
-    if workspace is not None and workspace < 0:
-        raise ValueError(f"workspace-bytes: expected at least 0, got {workspace}")
-    return workspace
-
-
 def _peers(options: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Peers that are timed, and those whose memory is measured: ours without workspace too.
 
     A toy run only sees whether measuring works, and compiling again in another process takes too long.
     """
-    workspace = _workspace_bytes(options)
+    workspace = options.workspace_bytes
     ours = "ours" if workspace is None else f"ours@{workspace}"
     timed = tuple(dict.fromkeys(ours if name == "ours" else name for name in options.peers))
     for name in timed:

@@ -27,6 +27,7 @@ from bench.plans import Preset
 from bench.sweep import Plan, Run
 from bench.sweep_report import print_sweep
 from bench.sweep_result import AXES, Sweep
+from expface_kernels.cli.numbers import count
 from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
 
@@ -41,7 +42,7 @@ def sweep_parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--toy", action="store_true", help="tiny shapes: does everything work and agree?")
     for name, letter in zip(AXES, "CBD", strict=True):
-        p.add_argument(f"--{name}", type=int, nargs="+", metavar=letter, help=f"values of {letter}")
+        p.add_argument(f"--{name}", type=count, nargs="+", metavar=letter, help=f"values of {letter}")
     p.add_argument("--margin", choices=MARGINS, help="at its default strength (default: expface)")
     p.add_argument("--target-gradient", choices=TARGET_GRADIENTS, help="(default: exact)")
     p.add_argument(

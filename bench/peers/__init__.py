@@ -66,6 +66,10 @@ def get(name: str) -> Peer:
             peer: Peer = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"peers: {name!r} cannot be imported: {error}") from error
+        if not isinstance(peer, Peer):
+            raise ValueError(
+                f"peers: expected {name!r} to be a bench.peers.base.Peer, got {type(peer).__name__}"
+            )
         return peer
     raise ValueError(
         f"peers: expected names of {list(_BY_NAME)}, ours@BYTES or package.module:ATTRIBUTE, got {name!r}"

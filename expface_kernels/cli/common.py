@@ -1,4 +1,4 @@
-"""What the commands share: how they print, write JSON and read numbers."""
+"""What the commands share: how they print and write JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 PLAIN_WIDTH = 120  # columns of a table that goes to a file
-_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def console() -> Console:
@@ -43,28 +42,6 @@ def _json_path(text: str) -> Path:
 def write_json(path: Path | None, data: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-
-
-def count(text: str) -> int:
-    """A whole number above 0: 1000000, 1_000_000, 1e6 or 1M."""
-    number = whole(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text!r}")
-    return number
-
-
-def whole(text: str) -> int:
-    """A whole number, 0 or more, in the same forms."""
-    factor = _SUFFIXES.get(text[-1:].lower(), 1)
-    try:
-        number = float(text[:-1] if factor > 1 else text) * factor
-        if number != int(number) or number < 0:
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number such as 250000 or 250k, got {text!r}"
-        ) from None
-    return int(number)
 
 
 def gigabytes(nbytes: float) -> str:

@@ -57,6 +57,8 @@ def main(options: argparse.Namespace) -> int:
         if error.name is None or error.name.startswith("expface_kernels"):
             raise
         raise ValueError(f"needs {error.name}: pip install 'expface_kernels[analysis]'") from error
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out: expected a directory, got the file {options.out}")
     files = plots.draw_views(margins, options.out)
     data = {"unit": "radians", "margins": [description.as_dict() for description in descriptions]}
     write_json(options.json, data)

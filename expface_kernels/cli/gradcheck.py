@@ -13,7 +13,8 @@ from rich.markup import escape
 from expface_kernels import backends, machine
 from expface_kernels.backends import triton
 from expface_kernels.checks import FLOATS
-from expface_kernels.cli.common import add_json, console, count, gigabytes, table, whole, write_json
+from expface_kernels.cli.common import add_json, console, gigabytes, table, write_json
+from expface_kernels.cli.numbers import byte_count, count, whole
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.margin_spec import margin_argument
 from expface_kernels.margins import TARGET_GRADIENTS, MarginFunction, target_similarity
@@ -39,16 +40,20 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--backend", default="auto", metavar="NAME",
                         help=f"auto (the default), {', '.join(backends.available())}")  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of rows and centres")
-    parser.add_argument("--target-gradient", choices=TARGET_GRADIENTS, default="exact")
-    parser.add_argument("--rows", type=count, default=32, metavar="B")
-    parser.add_argument("--classes", type=count, default=1031, metavar="C")
-    parser.add_argument("--features", type=count, default=256, metavar="D", help="at least 2")
-    parser.add_argument("--scale", type=float, default=64.0, metavar="S")
-    parser.add_argument("--seed", type=whole, default=0)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32",
+                        help="of rows and centres (default: float32)")  # fmt: skip
+    parser.add_argument(
+        "--target-gradient", choices=TARGET_GRADIENTS, default="exact", help="(default: exact)"
+    )
+    parser.add_argument("--rows", type=count, default=32, metavar="B", help="(default: 32)")
+    parser.add_argument("--classes", type=count, default=1031, metavar="C", help="(default: 1031)")
+    parser.add_argument("--features", type=count, default=256, metavar="D", help="at least 2 (default: 256)")
+    parser.add_argument("--scale", type=float, default=64.0, metavar="S", help="(default: 64)")
+    parser.add_argument("--seed", type=whole, default=0, help="of the batches (default: 0)")
     parser.add_argument("--batches", nargs="+", choices=KINDS, default=DEFAULT_KINDS, metavar="KIND",
                         help=f"of {', '.join(KINDS)} (default: {' '.join(DEFAULT_KINDS)})")  # fmt: skip
-    parser.add_argument("--workspace-bytes", type=whole, default=DEFAULT_WORKSPACE_BYTES, metavar="BYTES",
+    parser.add_argument("--workspace-bytes", type=byte_count, metavar="BYTES",
+                        default=DEFAULT_WORKSPACE_BYTES,
                         help="what the forward may keep; 0 recomputes (default: 256 MiB)")  # fmt: skip
     parser.add_argument("--device", help="where the backend computes (default: a GPU for triton, else cpu)")
     add_json(parser)
@@ -95,6 +100,8 @@ def _check_serves(backend: str, dtype: torch.dtype, device: str) -> None:
             f"argument --backend: triton cannot run here: {backends.available()['triton']}; with "
             "TRITON_INTERPRET=1 in the environment it runs on the CPU, in Triton's interpreter"
         )
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"argument --device: torch sees no GPU here, got {device!r}")
     try:
         like = torch.empty((1, 1), dtype=dtype, device=device)
         backends.serving(backends.resolve(backend, like, like), like, like)

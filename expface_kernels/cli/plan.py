@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from expface_kernels import machine
-from expface_kernels.cli.common import add_json, console, count, gigabytes, table, whole, write_json
+from expface_kernels.cli.common import add_json, console, gigabytes, table, write_json
+from expface_kernels.cli.numbers import byte_count, count
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.plan import DEVICES, OPTIMIZERS, Advice, Job, Plan, Rates, advise, calibrate, plan
 from expface_kernels.plan.gpu import gpu_of
@@ -27,26 +28,33 @@ def add_parser(subparsers: Any) -> None:
         "plan",
         help="memory of a rank and seconds of a step, and the fewest devices that fit",
         description="What a loss head will take: counted and modelled, not run. Numbers may be written "
-        "1e6 or 1M. Exit code 0 where the job fits, 1 where it does not, 2: bad input.",
+        "1e6 or 1M, bytes 8GB or 256MiB. Exit code 0 where the job fits, 1 where it does not, 2: bad input.",
     )
     parser.add_argument("--classes", type=count, required=True, metavar="C", help="of all ranks together")
-    parser.add_argument("--features", type=count, default=512, metavar="D")
-    parser.add_argument("--batch", type=count, default=256, metavar="B", help="rows of each rank")
-    parser.add_argument("--ranks", type=count, default=1, help="devices; on the CPU, machines")
-    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the centres")
+    parser.add_argument("--features", type=count, default=512, metavar="D", help="(default: 512)")
+    parser.add_argument(
+        "--batch", type=count, default=256, metavar="B", help="rows of each rank (default: 256)"
+    )
+    parser.add_argument("--ranks", type=count, default=1, help="devices; on the CPU, machines (default: 1)")
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu", help="(default: cpu)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32",
+                        help="of the centres (default: float32)")  # fmt: skip
     parser.add_argument(
         "--autocast", choices=AUTOCASTS, help="of the forward; embeddings then have its dtype"
     )
-    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="momentum")
-    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="momentum",
+                        help="(default: momentum)")  # fmt: skip
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="(default: 0)")
     parser.add_argument("--fused", action="store_true", help="the optimizer is made with fused=True")
-    parser.add_argument("--sample-rate", type=float, default=1.0)
+    parser.add_argument("--sample-rate", type=float, default=1.0,
+                        help="share of the classes in a step (default: 1)")  # fmt: skip
     parser.add_argument("--sparse-grad", action="store_true", help="the head is made with sparse_grad=True")
-    parser.add_argument("--workspace-bytes", type=whole, default=DEFAULT_WORKSPACE_BYTES, metavar="BYTES")
-    parser.add_argument("--memory-bytes", type=count, metavar="BYTES",
+    parser.add_argument("--workspace-bytes", type=byte_count, metavar="BYTES",
+                        default=DEFAULT_WORKSPACE_BYTES,
+                        help="what the forward may keep (default: 256MiB)")  # fmt: skip
+    parser.add_argument("--memory-bytes", type=byte_count, metavar="BYTES",
                         help="of a device (default: its own; for cpu what is free here)")  # fmt: skip
-    parser.add_argument("--reserved-bytes", type=whole, default=0, metavar="BYTES",
+    parser.add_argument("--reserved-bytes", type=byte_count, default=0, metavar="BYTES",
                         help="of it, for the backbone and all else (default: 0)")  # fmt: skip
     parser.add_argument("--gflops", type=float, help="of the CPU; with --gbytes nothing is measured")
     parser.add_argument("--gbytes", type=float, help="a second, of the CPU's memory")

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from expface_kernels import backends, reference
-from expface_kernels.checks import FLOATS, check_choice, check_integer, check_options, check_scale
+from expface_kernels.checks import (
+    FLOATS,
+    LARGEST_INTEGER,
+    check_choice,
+    check_integer,
+    check_options,
+    check_scale,
+)
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, margin_cross_entropy
 from expface_kernels.margins import ExpFace, MarginFunction
 from expface_kernels.testing import policy
@@ -208,7 +215,7 @@ def check_gradients(
     check_options(margin, "none", -100, target_gradient, 0.0, workspace_bytes)
     for name, value, least in (("rows", rows, 1), ("classes", classes, 1), ("features", features, 2)):
         check_integer(name, value, least)
-    check_integer("seed", seed)
+    check_integer("seed", seed, most=LARGEST_INTEGER)
     backends.check_name(backend)
     if dtype not in FLOATS:
         raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")

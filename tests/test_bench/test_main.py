@@ -56,6 +56,7 @@ def _main(*argv: str) -> int:
         (["--autocast", "float32"], "autocast"),
         (["--json", "no/such/directory/x.json"], "no/such/directory"),
         (["--json", "."], "json: expected a file, got the directory ."),
+        (["--peers", "os:getcwd"], "expected 'os:getcwd' to be a bench.peers.base.Peer"),
         (["--unknown"], "unknown"),
     ],
 )

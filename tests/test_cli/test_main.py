@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from expface_kernels import machine
 from expface_kernels.__main__ import COMMANDS, main
@@ -37,8 +38,8 @@ def _process(code: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        ([], "COMMAND"),
-        (["--unknown"], "COMMAND"),
+        ([], "a command of gradcheck, plan, curves, info"),
+        (["--unknown"], "a command of gradcheck"),
         (["train"], "train"),
         (["gradcheck", "--unknown"], "unknown"),
         (["gradcheck", "--margin", "nothing"], "nothing"),
@@ -56,10 +57,13 @@ def _process(code: str) -> subprocess.CompletedProcess[str]:
         (["gradcheck", "--batches", "hard"], "hard"),
         (["gradcheck", "--device", "nowhere"], "nowhere"),
         (["gradcheck", "--device", "meta"], "meta"),
+        (["gradcheck", "--seed", "9" * 20], "seed: expected at most 2**63 - 1"),
+        (["gradcheck", "--workspace-bytes", "8XB"], "8XB"),
         (["gradcheck", "--classes", "10G", "--rows", "1M"], "fit"),
         (["gradcheck", "--json", "no/such/directory/x.json"], "no/such/directory"),
         (["plan"], "classes"),
         (["plan", "--classes", "-3"], "classes"),
+        (["plan", "--classes", "1M", "--memory-bytes", "0"], "memory_bytes"),
         (["plan", "--classes", "1000000000000000000", "--device", "h100"], "classes · features"),
         (["plan", "--classes", "1M", "--device", "h1000"], "h1000"),
         (["plan", "--classes", "1M", "--optimizer", "lion"], "lion"),
@@ -69,6 +73,7 @@ def _process(code: str) -> subprocess.CompletedProcess[str]:
         (["plan", "--classes", "1M", "--gflops", "100"], "gbytes"),
         (["plan", "--classes", "1M", "--gflops", "0", "--gbytes", "1"], "gflops"),
         (["plan", "--classes", "1M", "--device", "h100", "--gflops", "1", "--gbytes", "1"], "gflops"),
+        (["curves", "--out", __file__], "--out: expected a directory, got the file"),
         (["info", "--json", "."], "json"),
     ],
 )
@@ -90,6 +95,12 @@ def test_a_backend_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]) 
     assert triton.TritonBackend().unavailable() in err
     assert "TRITON_INTERPRET=1" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_to_be_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("gradcheck", "--device", "cuda") == 2
+    assert "argument --device: torch sees no GPU here, got 'cuda'" in capsys.readouterr().err
 
 
 def test_help_lists_every_command_and_loads_none_of_them(capsys: pytest.CaptureFixture[str]) -> None:
