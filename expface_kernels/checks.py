@@ -6,10 +6,13 @@ label values are checked in ops.local_labels. Errors name the argument, what was
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from expface_kernels.margins import TARGET_GRADIENTS, is_per_row, row_parameters
@@ -112,7 +115,7 @@ def check_k(k: Any, classes: int) -> None:
 
 def check_scale(scale: Any) -> None:
     """A finite number above 0."""
-    _check_number("scale", scale)
+    check_number("scale", scale)
     if not (0 < scale < math.inf):
         raise ValueError(f"scale: expected a finite number above 0, got {scale}")
 
@@ -131,9 +134,21 @@ def check_options(
     check_target_gradient(target_gradient)
     check_gradient_tolerance(gradient_tolerance)
     check_integer("ignore_index", ignore_index)
-    check_integer("workspace_bytes", workspace_bytes, least=0)
-    if workspace_bytes > LARGEST_INTEGER:
-        raise ValueError(f"workspace_bytes: expected at most 2**63 - 1, got {workspace_bytes}")
+    check_workspace_bytes(workspace_bytes)
+
+
+def check_workspace_bytes(workspace_bytes: Any) -> None:
+    """0 or more, of which an op of torch takes 63 bits."""
+    check_integer("workspace_bytes", workspace_bytes, least=0, most=LARGEST_INTEGER)
+
+
+def check_process_group(process_group: Any) -> None:
+    """One of torch.distributed's that this process belongs to."""
+    if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        raise TypeError(
+            "process_group: expected a torch.distributed.ProcessGroup that this process belongs to, "
+            f"got {type(process_group).__name__}"
+        )
 
 
 def check_reduction(reduction: Any) -> None:
@@ -146,7 +161,7 @@ def check_target_gradient(target_gradient: Any) -> None:
 
 def check_gradient_tolerance(gradient_tolerance: Any) -> None:
     """0, until there is more."""
-    _check_number("gradient_tolerance", gradient_tolerance)
+    check_number("gradient_tolerance", gradient_tolerance)
     if gradient_tolerance != 0:
         raise ValueError(
             f"gradient_tolerance: expected 0 (exact), the only one this version has, got {gradient_tolerance}"
@@ -155,7 +170,7 @@ def check_gradient_tolerance(gradient_tolerance: Any) -> None:
 
 def check_sample_rate(sample_rate: Any) -> None:
     """The share of the classes that take part in a step: 0 < rate ≤ 1."""
-    _check_number("sample_rate", sample_rate)
+    check_number("sample_rate", sample_rate)
     if not (0 < sample_rate <= 1):
         raise ValueError(f"sample_rate: expected above 0 and at most 1, got {sample_rate}")
 
@@ -164,7 +179,7 @@ def check_embedding_grad_scale(embedding_grad_scale: Any) -> None:
     """A finite number above 0, or None for the size of the process group."""
     if embedding_grad_scale is None:
         return
-    _check_number("embedding_grad_scale", embedding_grad_scale)
+    check_number("embedding_grad_scale", embedding_grad_scale)
     if not (0 < embedding_grad_scale < math.inf):
         raise ValueError(
             "embedding_grad_scale: expected a finite number above 0, or None for the size of process_group, "
@@ -192,14 +207,24 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
-def check_integer(name: str, value: Any, least: int | None = None) -> None:
+def as_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """A Python int of what is one: numpy's integers too, and an integer tensor of one value."""
+    with contextlib.suppress(TypeError):
+        value = value if isinstance(value, bool) else operator.index(value)
+    check_integer(name, value, least, most)
+    return int(value)
+
+
+def check_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}: expected at most 2**{most.bit_length()} - 1, got {value}")
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 

@@ -15,6 +15,7 @@ from expface_kernels import backends
 from expface_kernels.checks import (
     FLOATS,
     LARGEST_TENSOR,
+    as_integer,
     check_embedding_grad_scale,
     check_flag,
     check_gradient_tolerance,
@@ -24,6 +25,7 @@ from expface_kernels.checks import (
     check_sample_rate,
     check_scale,
     check_target_gradient,
+    check_workspace_bytes,
 )
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, margin_cross_entropy, topk_cosine
 from expface_kernels.margins import ExpFace, MarginFunction, describe
@@ -89,7 +91,7 @@ class MarginSoftmaxHead(CentreModule):
         "gradient_tolerance": check_gradient_tolerance,
         "embedding_grad_scale": check_embedding_grad_scale,
         "equal_rows": lambda value: check_flag("equal_rows", value),
-        "workspace_bytes": lambda value: check_integer("workspace_bytes", value, least=0),
+        "workspace_bytes": check_workspace_bytes,
         "backend": backends.check_name,
     }
 
@@ -118,9 +120,9 @@ class MarginSoftmaxHead(CentreModule):
         super().__init__()
         self._ranks = None if process_group is None else Ranks(process_group)
         try:
-            check_integer("embedding_size", embedding_size, least=1)
-            check_integer("num_classes", num_classes, least=1)
-            check_integer("seed", seed)
+            embedding_size = as_integer("embedding_size", embedding_size, least=1)
+            num_classes = as_integer("num_classes", num_classes, least=1)
+            seed = as_integer("seed", seed)
             if dtype is not None and dtype not in FLOATS:
                 came = dtype if isinstance(dtype, torch.dtype) else f"{type(dtype).__name__} {dtype!r}"
                 raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {came}")

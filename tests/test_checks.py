@@ -9,6 +9,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -291,6 +292,14 @@ def test_sizes_of_a_head_are_integers_of_at_least_one(name: str) -> None:
     for value in (6.0, "6", True, None):
         with raises(TypeError, f"{name}: expected an int, got {type(value).__name__} {value!r}"):
             MarginSoftmaxHead(**{**sizes, name: value})
+
+
+def test_sizes_of_a_head_may_be_integers_of_any_kind() -> None:
+    head = MarginSoftmaxHead(np.int32(6), np.int64(10), seed=np.uint8(3))
+    assert [type(n) for n in (head.embedding_size, head.num_classes, head.seed)] == [int, int, int]
+    assert MarginSoftmaxHead(6, Y.max() + 1).num_classes == int(Y.max()) + 1
+    with raises(TypeError, f"num_classes: expected an int, got ndarray {np.zeros(2)!r}"):
+        MarginSoftmaxHead(6, np.zeros(2))
 
 
 def test_seed_and_dtype_of_a_head_are_checked() -> None:

@@ -27,6 +27,8 @@ def check_stats(stats: Any, rows: int | None = None) -> None:
 
 def check_keys(state: Mapping[str, Any], keys: Sequence[str]) -> None:
     """A state_dict that has all `keys`."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: expected a state_dict, got {type(state).__name__}")
     missing = [key for key in keys if key not in state]
     if missing:
         got = ", ".join(map(str, state)) or "none"

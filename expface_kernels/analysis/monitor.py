@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expface_kernels.analysis.angle_counts import FINE, AngleCounts, numel
 from expface_kernels.analysis.checks import check_keys, check_state_tensor, check_stats
-from expface_kernels.checks import check_integer
+from expface_kernels.checks import check_integer, check_margin, check_process_group
 from expface_kernels.margins import MarginFunction
 from expface_kernels.stats import BatchStats
 
@@ -43,6 +43,8 @@ class AngularMonitor:
     def __init__(self, bins: int = 90, *, keep: int = 100, process_group: Any = None) -> None:
         check_integer("bins", bins, least=1)
         check_integer("keep", keep, least=1)
+        if process_group is not None:
+            check_process_group(process_group)
         if FINE % bins:
             raise ValueError(f"bins: expected a divisor of {FINE}, got {bins}")
         self.bins = bins
@@ -96,6 +98,8 @@ class AngularMonitor:
 
         ValueError, and nothing added, where bins or epochs differ.
         """
+        if not isinstance(other, AngularMonitor):
+            raise TypeError(f"other: expected an AngularMonitor, got {type(other).__name__}")
         mine, theirs = ([angles.epoch for angles in m.epochs] for m in (self, other))
         if (self.bins, self.epoch, mine) != (other.bins, other.epoch, theirs):
             raise ValueError(
@@ -111,6 +115,8 @@ class AngularMonitor:
 
     def draw(self, file: str | Path, margins: Sequence[MarginFunction] = ()) -> None:
         """Save `latest()` as a PNG, with the decision boundary of each margin over it; needs matplotlib."""
+        for margin in margins:
+            check_margin(margin)
         from expface_kernels.analysis import plots  # matplotlib only where it is drawn
 
         plots.save(plots.distribution_figure(self.latest(), margins), Path(file))

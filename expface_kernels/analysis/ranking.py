@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels.analysis.checks import check_keys, check_state_tensor, check_stats
-from expface_kernels.checks import INTEGERS, check_integer
+from expface_kernels.checks import INTEGERS, LARGEST_TENSOR, as_integer, check_integer, check_number
 from expface_kernels.stats import BatchStats
 
 # Batches that wait on their device before they are read in one go.
@@ -49,9 +49,8 @@ class LabelNoiseRanker:
     """
 
     def __init__(self, num_samples: int, *, smoothing: float = 0.5) -> None:
-        check_integer("num_samples", num_samples, least=1)
-        if isinstance(smoothing, bool) or not isinstance(smoothing, (int, float)):
-            raise TypeError(f"smoothing: expected a number, got {type(smoothing).__name__}")
+        num_samples = as_integer("num_samples", num_samples, least=1, most=LARGEST_TENSOR)
+        check_number("smoothing", smoothing)
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing: expected a number in [0, 1), got {smoothing}")
         self.num_samples = num_samples
@@ -136,6 +135,8 @@ class LabelNoiseRanker:
         Scores become the mean by weight, likely classes those of the one with more weight. ValueError, and
         nothing added, where sizes or smoothing differ.
         """
+        if not isinstance(other, LabelNoiseRanker):
+            raise TypeError(f"other: expected a LabelNoiseRanker, got {type(other).__name__}")
         self._check_same(other.num_samples, other.smoothing, "other")
         self._settle()
         other._settle()

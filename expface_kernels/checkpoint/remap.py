@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels.checkpoint.table import STATE_PREFIX, WEIGHT, CentreTable
-from expface_kernels.checks import INTEGERS
+from expface_kernels.checks import INTEGERS, check_integer
 from expface_kernels.partial_fc.centres import INIT_STD
 from expface_kernels.partial_fc.ranges import ClassRange
 from expface_kernels.partial_fc.sampling import mixed_seed
@@ -80,6 +80,7 @@ def remap_classes(
         TypeError, ValueError: `old_class` of another dtype or shape, out of range, or with a class twice; a
             state whose fresh value is not known; a table that has only this rank's classes.
     """
+    check_integer("seed", seed)
     mapping = torch.as_tensor(old_class)
     if mapping.dim() != 1 or mapping.numel() == 0:
         raise ValueError(f"old_class: expected shape (C_new,), got {tuple(mapping.shape)}")

@@ -19,7 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 from expface_kernels import backends, functional
 from expface_kernels.backends.base import INVALID_TARGET
-from expface_kernels.checks import check_flag, check_integer, check_sample_rate, check_scale
+from expface_kernels.checks import (
+    as_integer,
+    check_flag,
+    check_integer,
+    check_sample_rate,
+    check_scale,
+    check_workspace_bytes,
+)
 from expface_kernels.compat.insightface_margins import (
     Recognised,
     check_margin_loss,
@@ -83,7 +90,7 @@ class PartialFC_V2(CentreModule):
         "scale": lambda value: None if value is None else check_scale(value),
         "margin_softmax": check_margin_loss,
         "ignore_index": lambda value: check_integer("ignore_index", value),
-        "workspace_bytes": lambda value: check_integer("workspace_bytes", value, least=0),
+        "workspace_bytes": check_workspace_bytes,
         "backend": backends.check_name,
     }
     MARGIN = "margin_softmax"
@@ -106,8 +113,8 @@ class PartialFC_V2(CentreModule):
         self._ranks = None if process_group is None else Ranks(process_group)
         self.rank, self.world_size = (0, 1) if self._ranks is None else (self._ranks.rank, self._ranks.size)
         try:
-            check_integer("embedding_size", embedding_size, least=1)
-            check_integer("num_classes", num_classes, least=1)
+            embedding_size = as_integer("embedding_size", embedding_size, least=1)
+            num_classes = as_integer("num_classes", num_classes, least=1)
             self.embedding_size = embedding_size
             self.num_classes = num_classes
             self.sample_rate = sample_rate

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from expface_kernels.checks import FLOATS
+from expface_kernels.checks import FLOATS, check_process_group
 
 LARGEST_SUMMED_SCALE = 70.0
 """Up to here exp(s·cos) of all ranks is added up in float64 as it is; above, by log-sum-exp."""
@@ -33,11 +33,7 @@ class Ranks:
     """The ranks of one process group, and which of them this process is."""
 
     def __init__(self, process_group: Any) -> None:
-        if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
-            raise TypeError(
-                "process_group: expected a torch.distributed.ProcessGroup that this process belongs to, "
-                f"got {type(process_group).__name__}"
-            )
+        check_process_group(process_group)
         self.group = process_group
         # Asked of the group itself: torch.distributed's functions look at the default group too.
         self.rank: int = process_group.rank()

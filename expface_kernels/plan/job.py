@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import torch
 
 from expface_kernels.backends.base import Request
-from expface_kernels.checks import FLOATS, LARGEST_TENSOR, check_choice, check_integer, check_sample_rate
+from expface_kernels.checks import (
+    FLOATS,
+    LARGEST_TENSOR,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_sample_rate,
+)
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.partial_fc.ranges import largest_shard
 from expface_kernels.partial_fc.sampling import sample_size
@@ -70,6 +78,9 @@ class Job:
         if self.autocast is not None:
             check_choice("autocast", self.autocast, AUTOCASTS)
         check_sample_rate(self.sample_rate)
+        check_flag("fused", self.fused)
+        check_flag("sparse_grad", self.sparse_grad)
+        check_number("weight_decay", self.weight_decay)
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay: expected a finite number, 0 or more, got {self.weight_decay}")
         if self.fused and (self.optimizer not in FUSED or self.sparse_grad):

@@ -320,6 +320,7 @@ def test_the_picture_shows_the_rows_and_each_margins_boundary(tmp_path: Path) ->
         ({"bins": 0}, ValueError, "bins: expected at least 1, got 0"),
         ({"bins": 7}, ValueError, "bins: expected a divisor of 1800, got 7"),
         ({"bins": 9.0}, TypeError, "bins: expected an int"),
+        ({"process_group": 3}, TypeError, "process_group: expected a torch.distributed.ProcessGroup"),
         ({"keep": 0}, ValueError, "keep: expected at least 1"),
     ],
 )
@@ -357,6 +358,13 @@ def test_states_and_monitors_of_another_kind_are_refused_and_change_nothing() ->
     ahead.end_epoch()
     with pytest.raises(ValueError, match=r"got 30 bins, epoch 2 and kept epochs \[1\]"):
         monitor.merge(ahead)
+    for wrong in (None, 3, monitor.running()):
+        with pytest.raises(TypeError, match="other: expected an AngularMonitor, got"):
+            monitor.merge(wrong)
+        with pytest.raises(TypeError, match="state: expected a state_dict, got"):
+            monitor.load_state_dict(wrong)
+    with pytest.raises(TypeError, match="margin: expected a callable"):
+        monitor.draw("none.png", margins=[3])
     assert torch.equal(monitor.running().counts, before)
     with pytest.raises(ValueError, match="other: expected epoch 1 in 30 bins, got epoch 2"):
         monitor.running() + ahead.running()

@@ -263,4 +263,8 @@ def test_bad_questions_are_named() -> None:
             ranker.merge(other)
         with pytest.raises(ValueError, match=r"state: expected num_samples 5 and smoothing 0\.5"):
             ranker.load_state_dict(other.state_dict())
+    with pytest.raises(TypeError, match="other: expected a LabelNoiseRanker, got int"):
+        ranker.merge(3)
+    with pytest.raises(TypeError, match="state: expected a state_dict, got NoneType"):
+        ranker.load_state_dict(None)
     torch.testing.assert_close(ranker.scores, before, rtol=0, atol=0, equal_nan=True)

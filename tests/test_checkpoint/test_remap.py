@@ -146,6 +146,11 @@ def test_a_wrong_mapping_is_refused(mapping: Any, error: type[Exception], messag
         remap_classes(centres_of(trained("sgd")[0]), mapping)
 
 
+def test_a_seed_is_an_integer() -> None:
+    with pytest.raises(TypeError, match="seed: expected an int, got str 'x'"):
+        remap_classes(centres_of(trained("sgd")[0]), [0, -1], seed="x")  # type: ignore[arg-type]
+
+
 def test_the_fresh_state_of_other_optimizers_is_asked_for() -> None:
     weight = nn.Parameter(torch.ones(C, D))
     optimizer = torch.optim.Adagrad([weight], initial_accumulator_value=0.5)

@@ -48,9 +48,12 @@ def test_what_is_out_of_range_is_named(options: dict[str, Any], named: str) -> N
         Job(**{"classes": 10, **options})
 
 
-def test_a_count_is_a_whole_number() -> None:
-    with pytest.raises(TypeError, match="classes"):
-        Job(classes=1e6)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "options", [{"classes": 1e6}, {"fused": 1}, {"sparse_grad": "no"}, {"weight_decay": "much"}], ids=str
+)
+def test_another_type_is_named(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(options))):
+        Job(**{"classes": 10, **options})
 
 
 @pytest.mark.parametrize(("classes", "ranks"), [(10, 4), (1003, 4), (5, 4), (3, 7)])

@@ -103,6 +103,8 @@ def angles(found: dict[str, Any]) -> plt.Figure:
             axes.set_yticks([])
             axes.set_title(f"{row['title']}, epoch {epoch['epoch']}", fontsize=8)
     grid[0, 0].legend(fontsize=7)
+    for line in grid:
+        line[0].set_ylabel("density", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("angle to the label's centre, degrees")
         axes.set_xticks(range(0, 181, 30))
@@ -128,7 +130,7 @@ def mending(found: dict[str, Any]) -> plt.Figure:
             mode = _head(row)[1]
             colour = f"C{list(MODES).index(mode)}"
             axes.plot(_numbers(row), values, marker=".", color=colour, label=MODES[mode])
-        axes.axhline(90, color="black", linestyle=":", linewidth=1)
+        axes.axhline(90, color="black", linestyle=":", linewidth=1, label="90°: nothing learnt")
         axes.set(title=f"{MARGINS[margin].__name__}, {CONDITIONS[condition].title}", xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
