@@ -74,9 +74,6 @@ def test_its_json_holds_what_it_printed(tmp_path: Path, capsys: pytest.CaptureFi
         (["--model", "h100", "--peers", "ours"], "peers: --model counts"),
         (["--model", "h100", "--no-memory"], "no-memory: --model counts"),
         (["--model", "h100", "--json", "no/such/directory/x.json"], "no/such/directory"),
-        (
-            "argument --workspace-bytes: expected a whole number",
-        ),
     ],
 )
 def test_what_has_no_model_is_refused(
