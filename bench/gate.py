@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -144,6 +145,26 @@ def check(
         return dataclasses.replace(gate, errors=errors, reason="its answer is wrong")
     note = ROUNDED if max(errors) > CAPS[case.product_dtype] else None
     return dataclasses.replace(gate, errors=errors, passed=True, note=note)
+
+
+def odd_ones_out(losses: Mapping[str, tuple[Case, float]]) -> dict[str, str]:
+    """Peers with a loss that no more than half of the others with the same terms have, and what is wrong.
+
+    losses: by peer, its terms and its loss on the same tensors. At the size that is timed truth would take
+    too long; what passed the gate at a smaller one may still fail at this.
+    """
+    odd = {}
+    for name, (case, loss) in losses.items():
+        limit = limit_of(peers.get(name), case)
+        others = [other for peer, (terms, other) in losses.items() if peer != name and terms == case]
+        near = sum(abs(loss - other) <= 2 * limit * abs(other) for other in others)
+        if not math.isfinite(loss) or (others and 2 * near < len(others)):
+            odd[name] = f"its loss at this size is {loss:.6g}, the others' is {_told(others)}"
+    return odd
+
+
+def _told(losses: Sequence[float]) -> str:
+    return ", ".join(f"{loss:.6g}" for loss in losses) or "not there to compare"
 
 
 def limit_of(peer: Peer, case: Case) -> float:

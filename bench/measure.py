@@ -74,16 +74,17 @@ def timed_step(step: Step, inputs: Inputs, clock: Clock = CLOCK) -> float:
     return clock() - start
 
 
-def run_step(step: Step, inputs: Inputs) -> None:
-    """One step to its end: what it hands out is there, and has been read on a CPU."""
+def run_step(step: Step, inputs: Inputs) -> float:
+    """The loss of one step to its end: what it hands out is there, and has been read on a CPU."""
     inputs.drop_gradients()
     loss = step()
     for leaf in (inputs.x, inputs.w) if inputs.case.backward else ():
         assert leaf.grad is not None, "the step left no gradient"
         if inputs.case.device == "cpu":
             touch(leaf.grad)
-    loss.item()
+    value = float(loss.item())
     cuda.synchronise(inputs.case.device)
+    return value
 
 
 @contextmanager

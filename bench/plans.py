@@ -33,7 +33,7 @@ GPU_PEERS = (
     "compiled",
     "torch_linear",
     "torch_linear_compiled",
-    "torch_linear_chunked",
+    "torch_linear_auto",
     "cce",
     "cce_exact",
     "liger",

@@ -16,13 +16,14 @@ import torch
 from bench import machine, memory, peers
 from bench.budget import CLOCK, Budget, Clock, Costs, rounds_within
 from bench.cases import Case, Inputs
-from bench.gate import check_all, gate_case, tiled_case
+from bench.gate import check_all, gate_case, odd_ones_out, tiled_case
 from bench.measure import Step, run_step, time_run
 from bench.peers.base import memory_reason, terms
 from bench.peers.ours import Ours
 from bench.result import Gate
 from bench.show import Progress
 from bench.sweep_result import Axis, Point, Sweep
+from expface_kernels.backends import workspace
 
 # Of a shape's time: for the forward's rounds, both directions' rounds, and memory.
 FORWARD_WEIGHT, BACKWARD_WEIGHT, MEMORY_WEIGHT = 2.0, 4.0, 4.0
@@ -149,14 +150,14 @@ class Run:
         for some, backward in zip(asked, self.plan.directions, strict=True):
             share = budget.share(_weight(backward), weight_left)
             weight_left -= _weight(backward)
-            points += some if inputs is None else self._timed(some, inputs, share)
+            points += some if inputs is None else self._timed_in_groups(some, inputs, share)
         del inputs
-        if stop.case.device == "cuda":
-            torch.cuda.empty_cache()
+        _give_back(stop.case.device)
         return self._weighed(points, stop.case, budget)
 
     def _asked(self, stop: Stop, backward: bool) -> list[Point]:
         """Every peer's point, with a reason where it cannot run this shape."""
+        _give_back(stop.case.device)
         case = dataclasses.replace(stop.case, backward=backward)
         kind = (case.dtype, backward)
         right = {gate.peer for gate in self.gates if gate.passed and (gate.dtype, gate.backward) == kind}
@@ -169,11 +170,25 @@ class Run:
                 point = dataclasses.replace(point, reason="it did not pass the gate")
             if point.reason is None:
                 needed = peer.needed_bytes(own)
-                reason = memory_reason(needed + held_by_others(name, stop.peers, case), case.device)
-                if reason is not None:
+                beside = needed + held_by_others(name, stop.peers, case)
+                if (reason := memory_reason(needed, case.device)) is not None:
                     point = dataclasses.replace(point, reason=reason, needs_bytes=needed)
+                elif memory_reason(beside, case.device) is not None:
+                    point = dataclasses.replace(point, apart=True)
             points.append(point)
         return points
+
+    def _timed_in_groups(self, points: list[Point], inputs: Inputs, budget: Budget) -> list[Point]:
+        """All in turns that have room beside one another; then, of each that has none, its rounds alone."""
+        groups = [[p for p in points if not p.apart], *([p] for p in points if p.apart)]
+        rounds = [sum(self._step_seconds(p) for p in group if p.reason is None) for group in groups]
+        found: dict[str, Point] = {}
+        for i, group in enumerate(groups):
+            share = budget.share(rounds[i], sum(rounds[i:])) if rounds[i] else budget
+            found |= {point.peer: point for point in self._timed(group, inputs, share)}
+            if len(groups) > 1:
+                _give_back(inputs.case.device)
+        return [found[point.peer] for point in points]
 
     def _timed(self, points: list[Point], inputs: Inputs, budget: Budget) -> list[Point]:
         """The points with seconds; what would not end within the budget, or fails, says so."""
@@ -210,6 +225,7 @@ class Run:
     def _steps(self, found: dict[str, Point], inputs: Inputs, budget: Budget) -> dict[str, Step]:
         """Steps that have warmed up, with time left for a round of them; `found` gets the others' reasons."""
         steps: dict[str, Step] = {}
+        losses: dict[str, float] = {}
         a_round = 0.0
         for name, point in found.items():
             if point.reason is not None:
@@ -220,21 +236,26 @@ class Run:
                 found[name] = dataclasses.replace(point, reason=reason)
                 continue
             try:
-                steps[name] = self._warmed_up(point, inputs.of(point.case), budget)
+                steps[name], losses[name] = self._warmed_up(point, inputs.of(point.case), budget)
             except Exception as error:  # a peer may raise anything; the others go on
                 found[name] = _failed(point, error)
                 continue
             a_round += self._step_seconds(point)
+        for name, text in odd_ones_out(
+            {name: (found[name].case, loss) for name, loss in losses.items()}
+        ).items():
+            found[name] = dataclasses.replace(found[name], error=text)
+            del steps[name]
         return steps
 
     def _step_seconds(self, point: Point) -> float:
         return self.costs.step(_key(point), point.case.flops)
 
-    def _warmed_up(self, point: Point, inputs: Inputs, budget: Budget) -> Step:
-        """A step that has run once or twice; what it took is learnt."""
+    def _warmed_up(self, point: Point, inputs: Inputs, budget: Budget) -> tuple[Step, float]:
+        """A step that has run once or twice, and its loss; what it took is learnt."""
         start = self.clock()
         step = peers.get(point.peer).step(inputs)
-        run_step(step, inputs)
+        loss = run_step(step, inputs)
         first = last = self.clock() - start
         if peers.get(point.peer).compiles or first < SHORT * budget.left:
             start = self.clock()
@@ -242,7 +263,7 @@ class Run:
             last = self.clock() - start
         once = first - last if peers.get(point.peer).compiles else 0.0
         self.costs.learn(_key(point), point.case.flops, last, once)
-        return step
+        return step, loss
 
     def _weighed(self, points: list[Point], case: Case, budget: Budget) -> list[Point]:
         """The points with memory, and their roofline, where they have seconds."""
@@ -284,6 +305,14 @@ class Run:
         from bench import roofline  # needs Triton, which not every system has
 
         return roofline.seconds(point.case, peer.workspace_bytes, self._machine["gpu"]["card"])
+
+
+def _give_back(device: str) -> None:
+    """Memory that nobody uses, so that what is free is what the next peer can have."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        workspace.clear()
 
 
 def parts(stops: Sequence[Stop]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench import peers
+from bench.cases import Case
 from bench.peers import BASELINE, SAMPLED_BASELINE
 from bench.peers.ours import Ours
 from bench.report import NONE, describe_case, print_gates, print_machine
@@ -167,10 +168,16 @@ def _print_notes(sweep: Sweep, out: Output) -> None:
         # How long a step would have taken stands in the JSON.
         text = f"FAILED: {point.error}" if point.error else (point.reason or "").partition(" for a step")[0]
         if text and point.needs_bytes is None:
-            case = point.case
-            where = f"B={case.rows:,}, C={case.classes:,}, D={case.features:,}, {case.dtype}"
-            found.setdefault((point.peer, text), []).append(where)
+            found.setdefault((point.peer, text), []).append(_place(point.case))
+    for point in sweep.points:
+        if point.apart and point.seconds:
+            text = "timed by itself, since beside what others keep there was no room"
+            found.setdefault((point.peer, text), []).append(_place(point.case))
     for (peer, text), places in found.items():
         places = list(dict.fromkeys(places))
         where = places[0] if len(places) == 1 else f"{len(places)} shapes, the first {places[0]}"
         out.line(f"{peer}: {text} ({where})")
+
+
+def _place(case: Case) -> str:
+    return f"B={case.rows:,}, C={case.classes:,}, D={case.features:,}, {case.dtype}"

@@ -31,6 +31,8 @@ class Point:
     """Peak memory of a step beside inputs and gradients: the median of its samples."""
     memory_samples: tuple[int, ...] = ()
     """In bytes, of each round."""
+    apart: bool = False
+    """Timed by itself: beside what the others keep between their steps there was no room for it."""
     needs_bytes: int | None = None
     """What it would need in all, where that is more than there is."""
     reason: str | None = None

@@ -17,11 +17,13 @@ from bench.peers.torch_linear import TorchLinear
 _ALL: tuple[Peer, ...] = (
     Ours(),
     Eager(),
-    Compiled(dynamic=False),
+    Compiled("static"),
+    Compiled("autotuned"),
     MetricLearning("arcface", "ArcFaceLoss"),
     MetricLearning("cosface", "CosFaceLoss"),
     TorchLinear("plain"),
     TorchLinear("compiled"),
+    TorchLinear("autotuned"),
     TorchLinear("chunked"),
     CutCrossEntropy("cce"),
     CutCrossEntropy("cce_exact"),
@@ -29,8 +31,8 @@ _ALL: tuple[Peer, ...] = (
     OursSampled(),
     PartialFC(),
 )
-# Found by name only: the same code as another, compiled in another way.
-_MORE: tuple[Peer, ...] = (Compiled(dynamic=True), TorchLinear("dynamic"))
+# Found by name only: the same code as another, compiled or chunked in another way.
+_MORE: tuple[Peer, ...] = (Compiled("dynamic"), TorchLinear("dynamic"), TorchLinear("auto"))
 PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}
 _BY_NAME = PEERS | {peer.name: peer for peer in _MORE}
 

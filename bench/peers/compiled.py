@@ -17,6 +17,8 @@ from bench.peers.base import Peer, Step, mode, step_of
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
 # A sweep has more shapes than torch would compile one function for.
 SHAPES_COMPILED = 100
+HOW = {"static": "", "autotuned": " with max-autotune", "dynamic": ", dynamic shapes"}
+"""How, and what labels say of it: each shape anew, in default mode or with max-autotune; all at once."""
 
 
 def no_compiler() -> str | None:
@@ -26,27 +28,34 @@ def no_compiler() -> str | None:
     return "torch.compile needs a C++ compiler, none is on the path"
 
 
-def compiled(function: Callable[..., Tensor], *, dynamic: bool) -> Callable[..., Tensor]:
-    """In default mode, as one graph; for each shape anew, or once for all (`dynamic`)."""
+def compiled(function: Callable[..., Tensor], how: str) -> Callable[..., Tensor]:
+    """As one graph; `how` is a name of HOW."""
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, SHAPES_COMPILED)
-    made: Callable[..., Tensor] = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    made: Callable[..., Tensor] = torch.compile(
+        function,
+        fullgraph=True,
+        dynamic=how == "dynamic",
+        mode="max-autotune" if how == "autotuned" else "default",
+    )
     return made
 
 
 class Compiled(Peer):
-    """Static shapes suit the compiler best; dynamic ones save a sweep minutes of compiling."""
+    """Static shapes suit the compiler best; dynamic ones save a sweep minutes of compiling.
+
+    `how` is a name of HOW.
+    """
 
     compiles = True
     loads = ("torch._dynamo",)
 
-    def __init__(self, *, dynamic: bool) -> None:
-        self.dynamic = dynamic
-        self.name = "compiled_dynamic" if dynamic else "compiled"
+    def __init__(self, how: str) -> None:
+        self.how = how
+        self.name = "compiled" if how == "static" else f"compiled_{how}"
 
     def label(self, case: Case) -> str:
-        shapes = ", dynamic shapes" if self.dynamic else ""
-        return f"torch.compile of the eager head{shapes} ({mode(self, case)})"
+        return f"torch.compile of the eager head{HOW[self.how]} ({mode(self, case)})"
 
     def missing(self, case: Case) -> str | None:
         return no_compiler()
@@ -61,7 +70,7 @@ class Compiled(Peer):
 
     def step(self, inputs: Inputs) -> Step:
         case, margin = inputs.case, inputs.case.margin_function()
-        loss = compiled(eager.margin_loss, dynamic=self.dynamic)
+        loss = compiled(eager.margin_loss, self.how)
         return step_of(
             case,
             lambda: loss(inputs.x, inputs.w, inputs.labels, margin, case.scale, case.target_gradient),

@@ -11,16 +11,20 @@ from torch import Tensor
 
 from bench.cases import Case, Inputs
 from bench.peers.base import NO_MARGIN, Peer, Step, mode, step_of
-from bench.peers.compiled import compiled, no_compiler
+from bench.peers.compiled import HOW, compiled, no_compiler
 from bench.peers.normalised import rows_and_centres
 
 FIRST_RELEASE = "2.13"
-COMPILED = ("compiled", "dynamic")
+COMPILED = {"compiled": "static", "autotuned": "autotuned", "dynamic": "dynamic"}
+"""Ways that compile, and how."""
+CHUNKED = ("chunked", "auto")
+CHUNK_ROWS = 128
+"""Of "chunked". The automatic choice at C ≫ D is a row or a few, which reads all centres for each chunk."""
 WAYS = {
     "plain": "plain",
-    "compiled": "compiled",
-    "dynamic": "compiled, dynamic shapes",
-    "chunked": "automatic chunks",
+    **{way: f"compiled{HOW[how]}" for way, how in COMPILED.items()},
+    "chunked": "chunks of {rows} rows",
+    "auto": "automatic chunks",
 }
 
 
@@ -35,7 +39,7 @@ def linear_loss(
 
 
 class TorchLinear(Peer):
-    """Op by op, compiled, or in chunks of rows with gradients formed in the forward."""
+    """Op by op, compiled in three ways, or in chunks of rows with gradients formed in the forward."""
 
     margins = NO_MARGIN
 
@@ -46,7 +50,8 @@ class TorchLinear(Peer):
         self.loads = ("torch._dynamo",) if self.compiles else ()
 
     def label(self, case: Case) -> str:
-        return f"torch {torch.__version__} linear_cross_entropy, {WAYS[self.way]} ({mode(self, case)})"
+        way = WAYS[self.way].format(rows=min(case.rows, CHUNK_ROWS))
+        return f"torch {torch.__version__} linear_cross_entropy, {way} ({mode(self, case)})"
 
     def missing(self, case: Case) -> str | None:
         if not hasattr(F, "linear_cross_entropy"):
@@ -59,20 +64,25 @@ class TorchLinear(Peer):
         """As measured."""
         logits, centres = case.rows * case.classes, case.classes * case.features
         if not case.backward:
-            return int(centres if self.way == "chunked" else centres + 2 * logits) * max(case.itemsize, 4)
+            held = self._chunk(case) * case.classes if self.way in CHUNKED else logits
+            return int(centres + 2 * held) * max(case.itemsize, 4)
         numbers = {
             "plain": max(4.1 * centres, 2 * logits + 2.3 * centres),
-            "chunked": 4.2 * centres,
+            **dict.fromkeys(CHUNKED, 4.2 * centres + 2 * self._chunk(case) * case.classes),
         }.get(self.way, logits + centres)
         return int(numbers) * max(case.itemsize, 4)
+
+    def _chunk(self, case: Case) -> int:
+        return min(case.rows, CHUNK_ROWS if self.way == "chunked" else 1)
 
     def step(self, inputs: Inputs) -> Step:
         case = inputs.case
         loss: Callable[..., Tensor] = linear_loss
         options: object = None
         if self.compiles:
-            loss = compiled(linear_loss, dynamic=self.way == "dynamic")
-        elif self.way == "chunked":
-            options = torch.nn.LinearCrossEntropyOptions()
+            loss = compiled(linear_loss, COMPILED[self.way])
+        elif self.way in CHUNKED:
+            rows = self._chunk(case) if self.way == "chunked" else None
+            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         dtype = case.product_dtype
         return step_of(case, lambda: loss(inputs.x, inputs.w, inputs.labels, case.scale, dtype, options))

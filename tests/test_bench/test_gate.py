@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from bench import peers, plans
 from bench.cases import DEFAULT, Case
-from bench.gate import ROUNDED, check, check_all, gate_case, limit_of, tiled_case, truth
+from bench.gate import ROUNDED, check, check_all, gate_case, limit_of, odd_ones_out, tiled_case, truth
 from expface_kernels.backends import cpu
 from expface_kernels.margin_spec import MARGINS
 from tests.test_bench import strange_peers
@@ -130,3 +131,23 @@ def test_what_is_wrong_in_a_later_tile_only_does_not_pass(
 
 def test_a_case_of_few_classes_has_no_gate_of_several_tiles() -> None:
     assert tiled_case(CASE) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "odd"),
+    [
+        ({"ours": 5.0, "eager": 5.00001, "compiled": 4.99999}, set()),
+        ({"ours": 5.0, "eager": 5.00001, "compiled": 5.1}, {"compiled"}),
+        ({"ours": 5.0, "eager": math.nan, "compiled": 5.0}, {"eager"}),
+        ({"ours": 5.0, "eager": 6.0}, {"ours", "eager"}),  # of two nobody knows which
+        ({"ours": 5.0}, set()),
+        ({"ours": math.inf}, {"ours"}),
+    ],
+    ids=str,
+)
+def test_losses_of_the_timed_size_have_to_agree(losses: dict[str, float], odd: set[str]) -> None:
+    case = Case(rows=4, classes=100, features=8)
+    assert set(odd_ones_out({name: (case, loss) for name, loss in losses.items()})) == odd
+    # Other terms, other losses.
+    own = {name: (dataclasses.replace(case, seed=i), loss) for i, (name, loss) in enumerate(losses.items())}
+    assert set(odd_ones_out(own)) == {name for name, loss in losses.items() if not math.isfinite(loss)}

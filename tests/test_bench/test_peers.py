@@ -28,7 +28,7 @@ from expface_kernels.margins import TARGET_GRADIENTS
 CASE = Case(rows=16, classes=100, features=32)
 HALF = dataclasses.replace(CASE, autocast="bfloat16")
 HUGE = Case(rows=1000, classes=10**12, features=4)
-LIBRARIES = ("pml_arcface", "pml_cosface", "torch_linear", "torch_linear_chunked")
+LIBRARIES = ("pml_arcface", "pml_cosface", "torch_linear", "torch_linear_chunked", "torch_linear_auto")
 SAMPLING = ("ours_sampled", "partial_fc")
 GPU_PEERS = {"cce": "cut-cross-entropy", "cce_exact": "cut-cross-entropy", "liger": "liger-kernel"}
 

@@ -216,6 +216,49 @@ def test_what_others_keep_counts_against_a_peer() -> None:
     assert sweep.held_by_others("ours", names, case) == pml
 
 
+def test_a_peer_without_room_beside_the_others_is_timed_by_itself(
+    sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what nobody uses is given back before, so that it has the room."""
+    sweeper.add("a")
+    keeps = sweeper.add("keeps")
+    large = sweeper.add("large")
+    monkeypatch.setattr(keeps, "held_bytes", lambda case: 40_000)
+    monkeypatch.setattr(large, "extra_bytes", lambda case: 60_000)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 120_000)
+    turns: list[str] = []
+    for name in ("a", "keeps", "large"):
+        sweeper.peers[name].act = lambda case, name=name: turns.append(name)  # type: ignore[misc]
+    monkeypatch.setattr("bench.sweep.workspace.clear", lambda: turns.append("given back"))
+    found = sweeper.run([30], 1e6, rounds=3)
+    points = {point.peer: point for point in found.points}
+    assert [points[name].apart for name in ("a", "keeps", "large")] == [False, False, True]
+    assert all(len(point.seconds) == 3 and point.needs_bytes is None for point in points.values())
+    first = turns.index("large")
+    assert turns[first - 1] == "given back"
+    assert set(turns[first:]) == {"large", "given back"}
+    file = io.StringIO()
+    print_sweep(found, show.Plain(file))
+    assert "large: timed by itself, since beside what others keep there was no room" in file.getvalue()
+
+
+def test_a_peer_with_another_loss_at_the_timed_size_is_an_error(
+    sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        sweeper.add(name)
+    run_step = sweep.run_step
+    losses = iter((5.0, 5.0, 5.00001, 5.0, 7.0, 7.0))  # two steps of each to warm up
+    monkeypatch.setattr(sweep, "run_step", lambda step, inputs: run_step(step, inputs) + next(losses))
+    found = sweeper.run([100], 1e6)
+    points = {point.peer: point for point in found.points}
+    assert points["c"].error == "its loss at this size is 7, the others' is 5, 5.00001"
+    assert not points["c"].seconds
+    assert points["a"].seconds
+    assert points["b"].seconds
+    assert not found.ok
+
+
 def test_a_peer_that_raises_leaves_the_others_and_the_sweep_is_not_ok(sweeper: Sweeper) -> None:
     sweeper.add("a")
 
