@@ -62,14 +62,16 @@ class TorchLinear(Peer):
 
     def extra_bytes(self, case: Case) -> int:
         """As measured."""
-        logits, centres = case.rows * case.classes, case.classes * case.features
+        centres = case.classes * case.features
+        chunked = self.way in CHUNKED
+        logits = (self._chunk(case) if chunked else case.rows) * case.classes
+        numbers: float = centres + logits
         if not case.backward:
-            held = self._chunk(case) * case.classes if self.way in CHUNKED else logits
-            return int(centres + 2 * held) * max(case.itemsize, 4)
-        numbers = {
-            "plain": max(4.1 * centres, 2 * logits + 2.3 * centres),
-            **dict.fromkeys(CHUNKED, 4.2 * centres + 2 * self._chunk(case) * case.classes),
-        }.get(self.way, logits + centres)
+            numbers += 0 if chunked else logits
+        elif chunked:
+            numbers = max(4.2 * centres, 3.5 * logits + 2.3 * centres)
+        elif self.way == "plain":
+            numbers = max(4.1 * centres, 2 * logits + 2.3 * centres)
         return int(numbers) * max(case.itemsize, 4)
 
     def _chunk(self, case: Case) -> int:
