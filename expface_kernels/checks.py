@@ -18,6 +18,7 @@ from torch import Tensor
 from expface_kernels.margins import TARGET_GRADIENTS, is_per_row, row_parameters
 
 REDUCTIONS = ("mean", "sum", "none")
+SCALE_RANGE = 1e-6, 1e6
 LARGEST_INTEGER = 2**63 - 1  # that an op of torch takes
 LARGEST_TENSOR = 2**59  # numbers of a tensor: torch counts its bytes, 8 a number, in 63 bits
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -114,10 +115,13 @@ def check_k(k: Any, classes: int) -> None:
 
 
 def check_scale(scale: Any) -> None:
-    """A finite number above 0."""
+    """A finite number above 0, within what float32 logits and sums can bear."""
     check_number("scale", scale)
     if not (0 < scale < math.inf):
         raise ValueError(f"scale: expected a finite number above 0, got {scale}")
+    low, high = SCALE_RANGE
+    if not (low <= scale <= high):
+        raise ValueError(f"scale: expected {low:g} to {high:g}, where float32 suffices, got {scale}")
 
 
 def check_options(

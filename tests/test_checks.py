@@ -194,6 +194,13 @@ MAKERS = pytest.mark.parametrize(
 
 
 @MAKERS
+@pytest.mark.parametrize("value", [1e-7, 1e7, 1e300, 1e-300])
+def test_a_scale_that_float32_cannot_bear_raises(make: Any, value: float) -> None:
+    with raises(ValueError, f"scale: expected 1e-06 to 1e+06, where float32 suffices, got {value}"):
+        make(scale=value)
+
+
+@MAKERS
 @pytest.mark.parametrize("value", [0, 0.0, -1.0, math.inf, -math.inf, math.nan])
 def test_a_scale_out_of_range_raises(make: Any, value: float) -> None:
     with raises(ValueError, f"scale: expected a finite number above 0, got {value}"):

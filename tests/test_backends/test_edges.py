@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import SCALES, TARGET_GRADIENTS, batch, truth
+from expface_kernels.checks import SCALE_RANGE
+from tests.cases import SCALES, TARGET_GRADIENTS, batch, loss_on, truth
 from tests.test_backends.steps import F32, assert_true, is_zero, run
 from tests.tolerances import assert_close, assert_rows_close
 
@@ -157,3 +158,18 @@ def test_a_centre_with_nan_makes_every_counted_loss_nan(bad: float, backend: str
     assert loss.isnan().tolist() == [False, *[True] * 8]
     assert float(loss[0]) == 0
     assert is_zero(dx[0])
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", SCALE_RANGE)
+def test_at_both_ends_of_the_scales_nothing_overflows(scale: float, dtype: torch.dtype, backend: str) -> None:
+    for kind in ("random", "learnt"):
+        x, w, y = batch(kind, 8, 50, 16)
+        x, w = x.to(dtype), w.to(dtype)
+        right = truth(x, w, y, scale=scale)
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        loss = loss_on(backend, a, b, y, scale=scale)
+        loss.backward()
+        assert_close(loss.detach(), right[0], dtype=F32, what="loss")
+        assert_close(a.grad, right[1], dtype=dtype, what="dx")
+        assert_close(b.grad, right[2], dtype=dtype, what="dw")

@@ -33,13 +33,14 @@ def status(field: str) -> int:
 class Training:
     """The head of a job on the CPU, its optimizer and one batch."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, group: Any = None) -> None:
         sampling: dict[str, Any] = {}
         if job.sample_rate < 1:
             sampling = {"sample_rate": job.sample_rate, "sparse_grad": job.sparse_grad}
         self.head = MarginSoftmaxHead(
-            job.features, job.classes, workspace_bytes=job.workspace_bytes, dtype=job.centre_dtype, **sampling
-        )
+            job.features, job.classes, workspace_bytes=job.workspace_bytes, dtype=job.centre_dtype,
+            process_group=group, **sampling,
+        )  # fmt: skip
         kind, arguments = OPTIMIZERS[job.optimizer]
         if job.optimizer != "sparse-adam":
             arguments = arguments | {"weight_decay": job.weight_decay}
@@ -61,14 +62,21 @@ class Training:
         return time.perf_counter() - start
 
 
-def peak_bytes(job: Job) -> int:
+def peak_bytes(job: Job, group: Any = None) -> int:
+    """Of this process; a group's ranks call it together."""
     before = _settled()
-    training = Training(job)
+    training = Training(job, group)
     _settled()  # drawing the centres took as much again
     CLEAR_REFS.write_text("5")
     for _ in range(STEPS):
         training.step()
     return status("VmHWM") - before
+
+
+def rank_peaks(group: Any, jobs: list[dict[str, Any]]) -> list[int]:
+    """Of this rank of the group, which every job has as its ranks."""
+    Training(Job(classes=100, features=8, batch=4, ranks=group.size()), group).step()  # what is loaded once
+    return [peak_bytes(Job(**job), group) for job in jobs]
 
 
 def _settled() -> int:

@@ -19,6 +19,7 @@ from expface_kernels.backends.triton.recording import Case
 from expface_kernels.plan import Job, plan
 from expface_kernels.plan.gpu import gpu_costs
 from expface_kernels.plan.memory import ALWAYS, BACKWARD, UPDATE, Item, items_of, peak_bytes, row_costs
+from tests.distributed import run_ranks
 from tests.test_plan import measured
 from tests.tolerances import EXTRAPOLATED, PLANNED_MEMORY
 
@@ -41,6 +42,21 @@ SAMPLED: list[dict[str, Any]] = [
 ]
 
 
+# Many classes; and many rows, of which each rank sees all.
+SHARDED_JOBS: list[dict[str, Any]] = [
+    {"classes": 200_000, "features": 128, "batch": 64, "ranks": 2, "optimizer": "adam"},
+    {"classes": 20_000, "features": 512, "batch": 1024, "ranks": 2, "optimizer": "sgd"},
+]
+
+
+def _assert_planned(job: dict[str, Any], found: int) -> None:
+    items = items_of(Job(**job))
+    told = {item.name: round(item.bytes / 1e6, 1) for item in items}
+    assert peak_bytes(items) == pytest.approx(found, rel=PLANNED_MEMORY), (
+        f"{job}: {found / 1e6:.1f} MB, {told}"
+    )
+
+
 def _head_samples() -> bool:
     try:
         MarginSoftmaxHead(4, 8, sample_rate=0.5)
@@ -58,10 +74,14 @@ def test_the_peak_is_within_15_percent_of_what_is_measured() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for job, found in zip(jobs, json.loads(done.stdout), strict=True):
-        items = items_of(Job(**job))
-        planned = peak_bytes(items)
-        told = {item.name: round(item.bytes / 1e6, 1) for item in items}
-        assert planned == pytest.approx(found, rel=PLANNED_MEMORY), f"{job}: {found / 1e6:.1f} MB, {told}"
+        _assert_planned(job, found)
+
+
+@pytest.mark.skipif(not measured.CLEAR_REFS.exists(), reason="peaks are read from Linux's /proc")
+def test_so_is_a_ranks_where_two_share_the_classes() -> None:
+    for found in run_ranks(2, measured.rank_peaks, SHARDED_JOBS):
+        for job, peak in zip(SHARDED_JOBS, found, strict=True):
+            _assert_planned(job, peak)
 
 
 def test_a_peak_is_what_is_always_there_and_the_larger_of_both_moments() -> None:
