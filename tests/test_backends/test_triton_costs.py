@@ -203,11 +203,11 @@ def test_a_small_batch_copies_no_more_centres_than_a_chunk_of_p_has_room_for(opt
     assert costs.costs(case, "sm_90").extra <= plan.CHUNK_BYTES + 12 * case.classes + 10e6
 
 
-@pytest.mark.parametrize("scale", [64.0, 128.0])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 64.0, 128.0])
 def test_a_scale_that_keeps_nothing_holds_no_room_for_it(scale: float) -> None:
     case = Case(1024, 200_000, 512, scale=scale, workspace_bytes=2**28)
     held = costs.costs(case, "sm_90").forward_peak
-    assert (held > 2**28 - 2**20) == (scale <= plan.LARGEST_PLAIN_SCALE)
+    assert (held > 2**28 - 2**20) == (plan.SMALLEST_KEPT_SCALE <= scale <= plan.LARGEST_PLAIN_SCALE)
 
 
 def test_the_roofline_of_a_large_step() -> None:

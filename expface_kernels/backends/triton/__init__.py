@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels.backends.base import Forward, Request
-from expface_kernels.backends.triton.plan import LARGEST_PLAIN_SCALE, Plan
+from expface_kernels.backends.triton.plan import LARGEST_PLAIN_SCALE, SMALLEST_KEPT_SCALE, Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
@@ -57,8 +57,9 @@ class TritonBackend:
         return Plan.of(x, w, classes, request).numel
 
     def usable_workspace(self, workspace_bytes: int, scale: float) -> int:
-        # Exponentials are kept without a shift, which larger scales have no range for.
-        return workspace_bytes if scale <= LARGEST_PLAIN_SCALE else 0
+        # Exponentials are kept without a shift, which larger scales have no range for. At smaller ones all
+        # are near 1, and the cosines that dW reads off them would have few digits.
+        return workspace_bytes if SMALLEST_KEPT_SCALE <= scale <= LARGEST_PLAIN_SCALE else 0
 
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request

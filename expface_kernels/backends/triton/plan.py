@@ -19,6 +19,8 @@ CHUNK_BYTES = 256 * 2**20
 with the chunk's centres where dX multiplies a copy of them. Every chunk reads what has B rows once more."""
 LARGEST_PLAIN_SCALE = 70.0
 """Up to here exp(s·cos) of all classes adds up in float32 without a running maximum."""
+SMALLEST_KEPT_SCALE = 1.0
+"""From here on a kept exponential, rounded as it is, tells its cosine to the precision of its dtype."""
 
 
 @dataclass(frozen=True)
