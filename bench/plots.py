@@ -62,8 +62,13 @@ def unavailable() -> str | None:
     return None if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
 
 
+def source(sweep: Sweep) -> dict[str, str]:
+    """What stands in every picture's metadata: which sweep it shows."""
+    return {"Commit": sweep.machine["commit"], "Creation Time": sweep.date}
+
+
 def draw(sweep: Sweep, folder: Path) -> list[Path]:
-    """Writes what the sweep has the points for, and returns the files."""
+    """Writes what the sweep has the points for, and returns the files; each holds its `source`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,7 +82,7 @@ def draw(sweep: Sweep, folder: Path) -> list[Path]:
     for name, figure in figures.items():
         if figure is not None:
             path = folder / f"{name}.png"
-            figure.savefig(path, dpi=DPI)
+            figure.savefig(path, dpi=DPI, metadata=source(sweep))
             written.append(path)
     return written
 

@@ -124,6 +124,20 @@ def _bytes(value: float) -> str:
     return f"{value / 1e9:.2g} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
+def times_ours(result: Result) -> dict[str, float]:
+    """How many times as fast ours is as each peer, by medians of the quietest run.
+
+    Of a peer that samples the classes: ours that samples them too.
+    """
+    if (best := result.best_run) is None:
+        return {}
+    seconds = {peer: result.seconds(peer, best).median for peer in result.runs[best]}
+    ours = {peer: "ours" if baseline(peer) == BASELINE else "ours_sampled" for peer in seconds}
+    return {
+        peer: value / seconds[ours[peer]] for peer, value in seconds.items() if not peer.startswith("ours")
+    }
+
+
 def speed(results: Path) -> str:
     """The headline case: seconds, ratios of every run, memory."""
     result = _single(results, MAIN)

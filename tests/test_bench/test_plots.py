@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from bench import plots
 from bench.__main__ import main
@@ -19,7 +20,11 @@ NAMES = {"classes-seconds.png", "classes-memory.png", "frontier.png", "speedups.
 def test_a_sweep_gives_four_pictures(tmp_path: Path) -> None:
     written = plots.draw(SWEEP, tmp_path)
     assert {path.name for path in written} == NAMES
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    for path in written:
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert image.info["Commit"] == SWEEP.machine["commit"] == "abc1234"
+            assert image.info["Creation Time"] == SWEEP.date
 
 
 @pytest.mark.parametrize("memory", [False, True])
