@@ -144,20 +144,20 @@ def speed(results: Path) -> str:
     if result is None or result.best_run is None:
         return ""
     best, case = result.best_run, result.case
-    memory = {entry.peer: entry for entry in result.memory if entry.case == case and entry.extra_bytes}
-    names = [*result.runs[best], *(peer for peer in memory if peer not in result.runs[best])]
+    memory = {entry.peer: entry for entry in result.memory if entry.case == case}
+    untimed = [peer for peer in memory if peer not in result.runs[best] and memory[peer].extra_bytes]
+    names = [*result.runs[best], *untimed]
     labels = {gate.peer: gate.label for gate in result.gates}
     rows = []
     for peer in names:
         timed = peer in result.runs[best]
         ratios = [result.ratio(peer, run) for run in range(len(result.runs))] if timed else []
-        held = memory[peer].extra_bytes if peer in memory else None
         rows.append(
             [
                 OURS.get(peer, labels[peer]) + (f" ({case.target_gradient})" if peer in OURS else ""),
                 _seconds(result.seconds(peer, best).median) if timed else "not timed",
                 ", ".join(NOTHING if r is None else f"{r:.2f}" for r in ratios) or NOTHING,
-                NOTHING if held is None else f"{_bytes(held)}",
+                _held(memory.get(peer), _bytes),
             ]
         )
     runs = ", ".join(str(run + 1) for run in range(len(result.runs)))
@@ -243,8 +243,12 @@ def memory(results: Path) -> str:
     return f"{prose}\n\n" + _table(["head", *(f"C = {case.classes:,}" for case in cases)], rows)
 
 
-def _held(entry: Memory | None) -> str:
-    return "not measured" if entry is None or entry.extra_bytes is None else _megabytes(entry.extra_bytes)
+def _held(entry: Memory | None, number: Callable[[float], str] = _megabytes) -> str:
+    """The number; where there is none what it needs, if that was the reason."""
+    if entry is not None and entry.extra_bytes is not None:
+        return number(entry.extra_bytes)
+    needs = re.match(r"needs about (\S+ [kMG]B)", (entry and entry.why_not) or "")
+    return "not measured" if needs is None else f"needs {needs[1]}"
 
 
 def sweep(results: Path) -> str:
