@@ -34,6 +34,8 @@ _BLOCK = re.compile(
 )
 NOTHING = "–"
 WIDTH = 112
+STRONGEST = ("compiled", "torch_linear_compiled")
+"""The peers that come nearest to ours, with a margin and without."""
 WITHIN_A_LINE = ("model",)
 """Blocks of an item of a list."""
 OURS = {"ours": "**this package**", "ours@0": "this package, `workspace_bytes=0`"}
@@ -183,21 +185,31 @@ def _without_json(command: str) -> str:
 
 
 def kept(results: Path) -> str:
-    """The peers where malloc keeps what they free: seconds, and how many times as fast ours is."""
+    """The peers where malloc keeps what they free: how much of ours' lead is left, and all seconds."""
     result = _single(results, KEPT)
     if result is None or (best := result.best_run) is None:
         return ""
-    seconds = {peer: result.seconds(peer, best).median for peer in result.runs[best]}
+    times = times_ours(result)
     labels = {gate.peer: OURS.get(gate.peer, gate.label) for gate in result.gates}
     parts = []
-    for peer, value in seconds.items():
-        ours = seconds["ours_sampled" if baseline(peer) != BASELINE else "ours"]
-        times = "" if peer.startswith("ours") else f" ({value / ours:.2f} times ours)"
-        parts.append(f"{labels[peer]} {value:.2g} s{times}")
+    for peer in result.runs[best]:
+        ratio = f" ({times[peer]:.2f} times ours)" if peer in times else ""
+        parts.append(f"{labels[peer]} {result.seconds(peer, best).median:.2g} s{ratio}")
     return _prose(
         "Much of the peers' time goes into pages that malloc gives back after a step and asks for anew in "
-        f"the next. Told to keep them (`{_without_json(result.command)}`, {_link(KEPT)}), all spend most of "
-        f"it in the products: {'; '.join(parts)}."
+        f"the next. Told to keep them (`{_without_json(result.command)}`, {_link(KEPT)}), this package is "
+        f"{_lead_left(times, labels, _single(results, MAIN))}; all of them: {'; '.join(parts)}."
+    )
+
+
+def _lead_left(times: dict[str, float], labels: dict[str, str], plain: Result | None) -> str:
+    """How many times as fast ours is as the strongest peers where malloc keeps memory, and where not."""
+    before = {} if plain is None else times_ours(plain)
+    less = all(times[peer] < before.get(peer, 0.0) for peer in STRONGEST)
+    return ("only " if less else "") + " and ".join(
+        f"{times[peer]:.2f} times as fast as {labels[peer]}"
+        + (f" (with malloc as it is: {before[peer]:.2f})" if peer in before else "")
+        for peer in STRONGEST
     )
 
 
