@@ -36,6 +36,10 @@ NOTHING = "–"
 WIDTH = 112
 STRONGEST = ("compiled", "torch_linear_compiled")
 """The peers that come nearest to ours, with a margin and without."""
+MADE_BY = {
+    f"python -m bench sweep --json bench/results/{SWEEP} --plots bench/results/{PLOTS}": "make bench-sweep"
+}
+"""Commands that have a target in the Makefile, which writes the files that README shows."""
 WITHIN_A_LINE = ("model",)
 """Blocks of an item of a list."""
 OURS = {"ours": "**this package**", "ours@0": "this package, `workspace_bytes=0`"}
@@ -180,7 +184,7 @@ def speed(results: Path) -> str:
 
 
 def _without_json(command: str) -> str:
-    """The command as a user types it, who keeps no file."""
+    """The command as a user types it, whose files go to `out/` and not over ours."""
     return re.sub(r" --(json|plots) \S+", "", command)
 
 
@@ -276,7 +280,8 @@ def sweep(results: Path) -> str:
     )
     slope = slopes(found, axis, FLAT_PEER, backward=True)
     prose = _prose(
-        f"`{_without_json(found.command)}` ({found.took_seconds / 60:.0f} minutes, {_link(SWEEP)}); "
+        f"`{MADE_BY.get(found.command) or _without_json(found.command)}` "
+        f"({found.took_seconds / 60:.0f} minutes, {_link(SWEEP)}); "
         f"{_machine(found.machine)}:"
     )
     return f"{prose}\n\n{pictures}\n\n{_growth(slope)}".rstrip()

@@ -240,6 +240,22 @@ def test_a_block_without_its_file_is_empty(tmp_path: Path) -> None:
         assert readme.BLOCKS[name](tmp_path) == ""
 
 
+def test_the_sweep_is_made_again_by_a_target_that_writes_what_readme_shows(tmp_path: Path) -> None:
+    makefile = (readme.ROOT / "Makefile").read_text()
+    for command, made_by in readme.MADE_BY.items():
+        recipe = (
+            makefile.partition(f"\n{made_by.removeprefix('make ')}:")[2].partition("\n")[2].splitlines()[0]
+        )
+        variables = {"$(PY)": "python", "$(RESULTS)": "bench/results"}
+        for name, value in variables.items():
+            recipe = recipe.replace(name, value)
+        assert recipe.strip() == command
+        sweep = dataclasses.replace(made_up(), command=command)
+        (tmp_path / readme.SWEEP).write_text(sweep.to_json())
+        assert f"`{made_by}` (1 minutes, " in readme.sweep(tmp_path)
+    assert "`make bench-sweep` (" in readme.sweep(readme.RESULTS)
+
+
 def test_a_lead_that_keeping_memory_does_not_lessen_is_not_called_less(tmp_path: Path) -> None:
     _results(tmp_path)
     runs = ({**KEPT.runs[0], "compiled": [2.1]},)
