@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import model
+from bench import model, peers
 from bench.cases import Case
 from bench.compare import load
 from bench.peers import BASELINE, SAMPLED_BASELINE, baseline
+from bench.peers.base import NO_MARGIN
 from bench.result import Memory, Result
 from bench.slopes import FLAT_PEER, Slopes, rounded, slopes
 from bench.sweep_result import Point, Sweep
@@ -34,8 +35,6 @@ _BLOCK = re.compile(
 )
 NOTHING = "–"
 WIDTH = 112
-STRONGEST = ("compiled", "torch_linear_compiled")
-"""The peers that come nearest to ours, with a margin and without."""
 MADE_BY = {
     f"python -m bench sweep --json bench/results/{SWEEP} --plots bench/results/{PLOTS}": "make bench-sweep"
 }
@@ -206,14 +205,24 @@ def kept(results: Path) -> str:
     )
 
 
+def _nearest(times: dict[str, float]) -> list[str]:
+    """The peers over all classes that come nearest to ours: with a margin, and without."""
+    found: dict[bool, str] = {}
+    for peer in sorted(times, key=times.__getitem__):
+        if baseline(peer) == BASELINE:
+            found.setdefault(peers.get(peer).margins == NO_MARGIN, peer)
+    return [found[without] for without in sorted(found)]
+
+
 def _lead_left(times: dict[str, float], labels: dict[str, str], plain: Result | None) -> str:
-    """How many times as fast ours is as the strongest peers where malloc keeps memory, and where not."""
+    """How many times as fast ours is as the nearest peers where malloc keeps memory, and where not."""
     before = {} if plain is None else times_ours(plain)
-    less = all(times[peer] < before.get(peer, 0.0) for peer in STRONGEST)
+    nearest = _nearest(times)
+    less = all(times[peer] < before.get(peer, 0.0) for peer in nearest)
     return ("only " if less else "") + " and ".join(
         f"{times[peer]:.2f} times as fast as {labels[peer]}"
         + (f" (with malloc as it is: {before[peer]:.2f})" if peer in before else "")
-        for peer in STRONGEST
+        for peer in nearest
     )
 
 

@@ -258,7 +258,7 @@ def test_the_sweep_is_made_again_by_a_target_that_writes_what_readme_shows(tmp_p
 
 def test_a_lead_that_keeping_memory_does_not_lessen_is_not_called_less(tmp_path: Path) -> None:
     _results(tmp_path)
-    runs = ({**KEPT.runs[0], "compiled": [2.1]},)
+    runs = ({**KEPT.runs[0], "compiled": [2.1], "eager": [2.2]},)
     (tmp_path / readme.KEPT).write_text(dataclasses.replace(KEPT, runs=runs).to_json())
     assert "this package is 2.10 times as fast" in " ".join(readme.kept(tmp_path).split())
     (tmp_path / readme.MAIN).unlink()
