@@ -72,6 +72,8 @@ def draw(sweep: Sweep, folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figures = {
         "classes-seconds": _against_classes(sweep, memory=False),
         "classes-memory": _against_classes(sweep, memory=True),
@@ -83,6 +85,7 @@ def draw(sweep: Sweep, folder: Path) -> list[Path]:
         if figure is not None:
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=DPI, metadata=source(sweep))
+            plt.close(figure)
             written.append(path)
     return written
 

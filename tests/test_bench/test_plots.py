@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from PIL import Image
 
@@ -18,7 +19,9 @@ NAMES = {"classes-seconds.png", "classes-memory.png", "frontier.png", "speedups.
 
 
 def test_a_sweep_gives_four_pictures(tmp_path: Path) -> None:
+    plt.close("all")
     written = plots.draw(SWEEP, tmp_path)
+    assert plt.get_fignums() == []  # or they would stay in memory
     assert {path.name for path in written} == NAMES
     for path in written:
         with Image.open(path) as image:
