@@ -73,8 +73,9 @@ format: $(VENV)/.installed  ## let ruff rewrite what lint would complain about
 typecheck: $(VENV)/.installed  ## mypy
 	$(PY) -m mypy
 
-bench: $(VENV)/.installed  ## the head against its peers at B=256, C=100,000, D=512
-	$(PY) -m bench
+bench: $(VENV)/.installed  ## the head against its peers at B=256, C=100,000, D=512; leaves out/bench.json
+	@mkdir -p $(OUT)
+	$(PY) -m bench --json $(OUT)/bench.json
 
 bench-quick: $(VENV)/.installed  ## the sweep at toy size, as CI runs it: do peers and ours agree?
 	@mkdir -p $(OUT)

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import machine
-from bench.commands.options import file_to_write
+from bench.commands.options import OUT, file_to_write, in_out
 from bench.measure import Spread, no_garbage_collection, turn
 from bench.memory import resident_growth, unavailable
 from expface_kernels import MarginSoftmaxHead, reference
@@ -36,6 +36,7 @@ from expface_kernels.partial_fc.sampling import Sampler
 from tests.tolerances import CAPS, relative_error
 
 SCHEMA = 1
+JSON = "partial-fc.json"
 DRAW_SHARE, STEP_SHARE = 1 / 20, 0.16
 """What drawing may cost of torch.rand(C).topk(S), and a step of one over all classes."""
 WARM_UPS = 2
@@ -229,13 +230,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m bench.partial_fc", description="What sampling classes saves.")
     parser.add_argument("--toy", action="store_true", help="tiny sizes: does everything work?")
     parser.add_argument("--rounds", type=int, default=9, help="each candidate once in each (default: 9)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found here, too")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help=f"write everything that was found there (default: {OUT / JSON})",
+    )
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     try:
-        if options.json is not None:
-            file_to_write("--json", options.json)
+        path = file_to_write("--json", options.json or in_out("--json", JSON))
     except ValueError as error:
         parser.error(str(error))
     sizes = TOY if options.toy else Sizes()
@@ -245,8 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     result = measure(sizes, options.rounds)
     print_result(result, Console())
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path}")
     return 0
 
 

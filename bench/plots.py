@@ -65,11 +65,18 @@ def unavailable() -> str | None:
     return None if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
 
 
+def source(sweep: Sweep) -> dict[str, str]:
+    """What stands in every picture's metadata: which sweep it shows."""
+    return {"Commit": sweep.machine["commit"], "Creation Time": sweep.date}
+
+
 def draw(sweep: Sweep, folder: Path) -> list[Path]:
-    """Writes what the sweep has the points for, and returns the files."""
+    """Writes what the sweep has the points for, and returns the files; each holds its `source`."""
     import matplotlib
 
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figures = {
         "classes-seconds": _against_classes(sweep, memory=False),
         "classes-memory": _against_classes(sweep, memory=True),
@@ -80,7 +87,8 @@ def draw(sweep: Sweep, folder: Path) -> list[Path]:
     for name, figure in figures.items():
         if figure is not None:
             path = folder / f"{name}.png"
-            figure.savefig(path, dpi=DPI)
+            figure.savefig(path, dpi=DPI, metadata=source(sweep))
+            plt.close(figure)
             written.append(path)
     return written
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import model
+from bench import model, peers
 from bench.cases import Case
 from bench.compare import load
 from bench.peers import BASELINE, SAMPLED_BASELINE, baseline
+from bench.peers.base import NO_MARGIN
 from bench.result import Memory, Result
 from bench.slopes import FLAT_PEER, Slopes, rounded, slopes
 from bench.sweep_result import Point, Sweep
@@ -34,6 +35,10 @@ _BLOCK = re.compile(
 )
 NOTHING = "–"
 WIDTH = 112
+MADE_BY = {
+    f"python -m bench sweep --json bench/results/{SWEEP} --plots bench/results/{PLOTS}": "make bench-sweep"
+}
+"""Commands that have a target in the Makefile, which writes the files that README shows."""
 WITHIN_A_LINE = ("model",)
 """Blocks of an item of a list."""
 OURS = {"ours": "**this package**", "ours@0": "this package, `workspace_bytes=0`"}
@@ -124,26 +129,40 @@ def _bytes(value: float) -> str:
     return f"{value / 1e9:.2g} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
+def times_ours(result: Result) -> dict[str, float]:
+    """How many times as fast ours is as each peer, by medians of the quietest run.
+
+    Of a peer that samples the classes: ours that samples them too.
+    """
+    if (best := result.best_run) is None:
+        return {}
+    seconds = {peer: result.seconds(peer, best).median for peer in result.runs[best]}
+    ours = {peer: "ours" if baseline(peer) == BASELINE else "ours_sampled" for peer in seconds}
+    return {
+        peer: value / seconds[ours[peer]] for peer, value in seconds.items() if not peer.startswith("ours")
+    }
+
+
 def speed(results: Path) -> str:
     """The headline case: seconds, ratios of every run, memory."""
     result = _single(results, MAIN)
     if result is None or result.best_run is None:
         return ""
     best, case = result.best_run, result.case
-    memory = {entry.peer: entry for entry in result.memory if entry.case == case and entry.extra_bytes}
-    names = [*result.runs[best], *(peer for peer in memory if peer not in result.runs[best])]
+    memory = {entry.peer: entry for entry in result.memory if entry.case == case}
+    untimed = [peer for peer in memory if peer not in result.runs[best] and memory[peer].extra_bytes]
+    names = [*result.runs[best], *untimed]
     labels = {gate.peer: gate.label for gate in result.gates}
     rows = []
     for peer in names:
         timed = peer in result.runs[best]
         ratios = [result.ratio(peer, run) for run in range(len(result.runs))] if timed else []
-        held = memory[peer].extra_bytes if peer in memory else None
         rows.append(
             [
                 OURS.get(peer, labels[peer]) + (f" ({case.target_gradient})" if peer in OURS else ""),
                 _seconds(result.seconds(peer, best).median) if timed else "not timed",
                 ", ".join(NOTHING if r is None else f"{r:.2f}" for r in ratios) or NOTHING,
-                NOTHING if held is None else f"{_bytes(held)}",
+                _held(memory.get(peer), _bytes),
             ]
         )
     runs = ", ".join(str(run + 1) for run in range(len(result.runs)))
@@ -164,26 +183,46 @@ def speed(results: Path) -> str:
 
 
 def _without_json(command: str) -> str:
-    """The command as a user types it, who keeps no file."""
+    """The command as a user types it, whose files go to `out/` and not over ours."""
     return re.sub(r" --(json|plots) \S+", "", command)
 
 
 def kept(results: Path) -> str:
-    """The peers where malloc keeps what they free: seconds, and how many times as fast ours is."""
+    """The peers where malloc keeps what they free: how much of ours' lead is left, and all seconds."""
     result = _single(results, KEPT)
     if result is None or (best := result.best_run) is None:
         return ""
-    seconds = {peer: result.seconds(peer, best).median for peer in result.runs[best]}
+    times = times_ours(result)
     labels = {gate.peer: OURS.get(gate.peer, gate.label) for gate in result.gates}
     parts = []
-    for peer, value in seconds.items():
-        ours = seconds["ours_sampled" if baseline(peer) != BASELINE else "ours"]
-        times = "" if peer.startswith("ours") else f" ({value / ours:.2f} times ours)"
-        parts.append(f"{labels[peer]} {value:.2g} s{times}")
+    for peer in result.runs[best]:
+        ratio = f" ({times[peer]:.2f} times ours)" if peer in times else ""
+        parts.append(f"{labels[peer]} {result.seconds(peer, best).median:.2g} s{ratio}")
     return _prose(
         "Much of the peers' time goes into pages that malloc gives back after a step and asks for anew in "
-        f"the next. Told to keep them (`{_without_json(result.command)}`, {_link(KEPT)}), all spend most of "
-        f"it in the products: {'; '.join(parts)}."
+        f"the next. Told to keep them (`{_without_json(result.command)}`, {_link(KEPT)}), this package is "
+        f"{_lead_left(times, labels, _single(results, MAIN))}; all of them: {'; '.join(parts)}."
+    )
+
+
+def _nearest(times: dict[str, float]) -> list[str]:
+    """The peers over all classes that come nearest to ours: with a margin, and without."""
+    found: dict[bool, str] = {}
+    for peer in sorted(times, key=times.__getitem__):
+        if baseline(peer) == BASELINE:
+            found.setdefault(peers.get(peer).margins == NO_MARGIN, peer)
+    return [found[without] for without in sorted(found)]
+
+
+def _lead_left(times: dict[str, float], labels: dict[str, str], plain: Result | None) -> str:
+    """How many times as fast ours is as the nearest peers where malloc keeps memory, and where not."""
+    before = {} if plain is None else times_ours(plain)
+    nearest = _nearest(times)
+    less = all(times[peer] < before.get(peer, 0.0) for peer in nearest)
+    return ("only " if less else "") + " and ".join(
+        f"{times[peer]:.2f} times as fast as {labels[peer]}"
+        + (f" (with malloc as it is: {before[peer]:.2f})" if peer in before else "")
+        for peer in nearest
     )
 
 
@@ -229,8 +268,12 @@ def memory(results: Path) -> str:
     return f"{prose}\n\n" + _table(["head", *(f"C = {case.classes:,}" for case in cases)], rows)
 
 
-def _held(entry: Memory | None) -> str:
-    return "not measured" if entry is None or entry.extra_bytes is None else _megabytes(entry.extra_bytes)
+def _held(entry: Memory | None, number: Callable[[float], str] = _megabytes) -> str:
+    """The number; where there is none what it needs, if that was the reason."""
+    if entry is not None and entry.extra_bytes is not None:
+        return number(entry.extra_bytes)
+    needs = re.match(r"needs about (\S+ [kMG]B)", (entry and entry.why_not) or "")
+    return "not measured" if needs is None else f"needs {needs[1]}"
 
 
 def sweep(results: Path) -> str:
@@ -246,7 +289,8 @@ def sweep(results: Path) -> str:
     )
     slope = slopes(found, axis, FLAT_PEER, backward=True)
     prose = _prose(
-        f"`{_without_json(found.command)}` ({found.took_seconds / 60:.0f} minutes, {_link(SWEEP)}); "
+        f"`{MADE_BY.get(found.command) or _without_json(found.command)}` "
+        f"({found.took_seconds / 60:.0f} minutes, {_link(SWEEP)}); "
         f"{_machine(found.machine)}:"
     )
     return f"{prose}\n\n{pictures}\n\n{_growth(slope)}".rstrip()

@@ -41,7 +41,10 @@ def exponent(values: list[tuple[int, float]]) -> float:
 
 
 def slopes(sweep: Sweep, axis: Axis, peer: str, *, backward: bool) -> Slopes | None:
-    """Of the peer along the classes from FROM to TO, or all if none are there; None below two points."""
+    """Of the peer along the classes from FROM to TO, or all if none are there; None below two points.
+
+    Memory's growth is known only where it was measured at the first and the last of them.
+    """
     line = sweep.line(axis, peer, backward=backward)
     timed = [(c, p.median) for c, p in line if p.median is not None]
     within = [(c, y) for c, y in timed if FROM <= c <= TO]
@@ -50,7 +53,7 @@ def slopes(sweep: Sweep, axis: Axis, peer: str, *, backward: bool) -> Slopes | N
         return None
     first, last = timed[0][0], timed[-1][0]
     held = [(c, p.extra_bytes) for c, p in line if first <= c <= last and p.extra_bytes is not None]
-    known = len(held) > 1 and all(y > 0 for _, y in held)
+    known = {first, last} <= {c for c, _ in held} and all(y > 0 for _, y in held)
     return Slopes(
         peer=peer,
         backward=backward,

@@ -13,6 +13,9 @@ from bench.cases import Case
 from bench.peers.base import terms
 from bench.plans import Preset
 
+OUT = Path("out")
+"""Where a run writes that was not told where: a folder of the current one, made when it is needed."""
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong, and which command's options count, in one line, without the usage."""
@@ -78,6 +81,11 @@ def folder_to_write(name: str, path: Path) -> Path:
     except OSError as error:
         raise ValueError(f"{name}: {path} cannot be made ({error.strerror})") from error
     return path
+
+
+def in_out(name: str, file: str) -> Path:
+    """The path of that name in OUT, which is there now; ValueError, of the option `name`, without it."""
+    return folder_to_write(name, OUT) / file
 
 
 def _writable(name: str, path: Path) -> None:

@@ -11,7 +11,15 @@ from pathlib import Path
 
 from bench import allocator, cuda, peers, show
 from bench.cases import AUTOCASTS, DEFAULT, DEVICES, DTYPES, MEMORY, MEMORY_CLASSES, TOY, Case
-from bench.commands.options import Parser, add_peers, at_least, check_fits, file_to_write
+from bench.commands.options import (
+    OUT,
+    Parser,
+    add_peers,
+    at_least,
+    check_fits,
+    file_to_write,
+    in_out,
+)
 from bench.peers.base import terms
 from bench.report import print_report
 from bench.run import Plan, run
@@ -23,6 +31,7 @@ from expface_kernels.margins import TARGET_GRADIENTS
 
 ROUNDS, RUNS = 9, 3
 TOY_ROUNDS, TOY_RUNS = 3, 1
+JSON, TOY_JSON = "bench.json", "bench-toy.json"
 TOY_NOTE = "A toy run: it shows that everything works and agrees. Timings at this size mean nothing."
 KIND = ("margin", "scale", "target_gradient", "device", "dtype", "autocast")  # what makes a case's kind
 SHAPE = ("rows", "classes", "features")
@@ -73,7 +82,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="GPU",
         help="count a step's cost on h100, a100, …, in bfloat16 unless said; run nothing",
     )
-    p.add_argument("--json", type=Path, metavar="PATH", help="write the result there")
+    p.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help=f"write the result there (default: {OUT / JSON}, or {OUT / TOY_JSON}; of --model: nowhere)",
+    )
     return p
 
 
@@ -172,15 +186,16 @@ def main(argv: Sequence[str]) -> int:
             _modelled(options, command)
             return 0
         plan = plan_of(options, command)
+        path = file_to_write("json", options.json or in_out("json", TOY_JSON if options.toy else JSON))
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     with show.progress() as progress:
         result = run(plan, progress)
-    if options.json is not None:
-        options.json.write_text(result.to_json())
+    path.write_text(result.to_json())
     out = show.output()
     print_report(result, out)
+    print(f"wrote {path}")
     if options.toy:
         out.line(TOY_NOTE)
     return 0 if result.ok else 1

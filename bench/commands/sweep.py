@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench import cuda, plans, plots, show
 from bench.commands.options import (
+    OUT,
     Parser,
     add_peers,
     at_least,
@@ -22,6 +23,7 @@ from bench.commands.options import (
     checked_peers,
     file_to_write,
     folder_to_write,
+    in_out,
 )
 from bench.plans import Preset
 from bench.sweep import Plan, Run
@@ -31,6 +33,9 @@ from expface_kernels.cli.numbers import count
 from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
 
+STEM = "bench-sweep"
+"""Of the names in OUT."""
+OTHERS = "bench-sweep-quick and bench-sweep-toy where asked for"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -48,8 +53,13 @@ def sweep_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--forward-only", action="store_true", help="no backward at all (default: both directions)"
     )
-    _add_common(p, plans.CPU_PEERS)
-    p.add_argument("--plots", type=Path, metavar="FOLDER", help="draw four PNGs there; needs matplotlib")
+    _add_common(p, plans.CPU_PEERS, f"{OUT / STEM}.json, {OTHERS}")
+    p.add_argument(
+        "--plots",
+        type=Path,
+        metavar="FOLDER",
+        help=f"draw four PNGs there, if matplotlib is installed (default: {OUT / STEM}, {OTHERS})",
+    )
     return p
 
 
@@ -58,15 +68,21 @@ def gpu_parser() -> argparse.ArgumentParser:
         prog="python -m bench gpu",
         description="B in 256, 1024, 4096 by C in 100k, 1M, 4M at D=512, bfloat16 autocast, on this GPU.",
     )
-    _add_common(p, plans.GPU_PEERS)
+    _add_common(p, plans.GPU_PEERS, "bench/results/gpu-CARD.json")
     return p
 
 
-def _add_common(p: argparse.ArgumentParser, default: Sequence[str]) -> None:
-    add_peers(p, default)
+def _add_common(p: argparse.ArgumentParser, peers: Sequence[str], json: str) -> None:
+    """Options of both, with these defaults."""
+    add_peers(p, peers)
     p.add_argument("--rounds", type=int, help="at most, of each shape")
     p.add_argument("--seconds", type=float, help="the time that all may take; fewer rounds and peers keep it")
-    p.add_argument("--json", type=Path, metavar="PATH", help="write the result there, after every shape")
+    p.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help=f"write the result there, after every shape (default: {json})",
+    )
 
 
 def preset_of(options: argparse.Namespace) -> Preset:
@@ -105,21 +121,26 @@ def main(argv: Sequence[str]) -> int:
     options = sweep_parser().parse_args(argv)
     try:
         preset = preset_of(options)
+        plan = plans.plan(preset, preset.peers, shlex.join(["python", "-m", "bench", "sweep", *argv]))
+        stem = STEM + "-quick" * options.quick + "-toy" * options.toy
         if options.json is not None:
             file_to_write("json", options.json)
-        if options.plots is not None:
-            folder_to_write("plots", options.plots)
-            if (reason := plots.unavailable()) is not None:
-                raise ValueError(f"plots: {reason}")
-        plan = plans.plan(preset, preset.peers, shlex.join(["python", "-m", "bench", "sweep", *argv]))
+        folder = _folder(options.plots, stem)
+        path = options.json or file_to_write("json", in_out("json", f"{stem}.json"))
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    sweep, code = _run(plan, options.json)
-    if options.plots is not None:
-        for path in plots.draw(sweep, options.plots):
-            print(f"wrote {path}")
-    return code
+    return _run(plan, path, folder)
+
+
+def _folder(asked: Path | None, stem: str) -> Path | None:
+    """Of the pictures: as asked, else in OUT; None where nobody asked and nothing can be drawn."""
+    if (reason := plots.unavailable()) is None:
+        return folder_to_write("plots", asked or in_out("plots", stem))
+    if asked is not None:
+        raise ValueError(f"plots: {reason}")
+    print(f"no pictures: {reason}", file=sys.stderr)
+    return None
 
 
 def gpu_main(argv: Sequence[str]) -> int:
@@ -135,7 +156,7 @@ def gpu_main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    return _run(plan, path)[1]
+    return _run(plan, path)
 
 
 def slug(name: str) -> str:
@@ -143,20 +164,21 @@ def slug(name: str) -> str:
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _run(plan: Plan, path: Path | None) -> tuple[Sweep, int]:
+def _run(plan: Plan, path: Path, folder: Path | None = None) -> int:
+    """The JSON goes to `path`, pictures into `folder`."""
+
     def save(sweep: Sweep) -> None:
-        if path is not None:
-            # In one go: who stops us while we write finds the file of the shape before.
-            part = path.with_name(path.name + ".part")
-            part.write_text(sweep.to_json())
-            part.replace(path)
+        # In one go: who stops us while we write finds the file of the shape before.
+        part = path.with_name(path.name + ".part")
+        part.write_text(sweep.to_json())
+        part.replace(path)
 
     with show.progress() as progress:
         sweep = Run(plan, progress, save).run()
     save(sweep)
     print_sweep(sweep, show.output())
-    if path is not None:
-        print(f"wrote {path}")
+    for written in [path, *([] if folder is None else plots.draw(sweep, folder))]:
+        print(f"wrote {written}")
     if not sweep.complete:
-        return sweep, 130
-    return sweep, 0 if sweep.ok else 1
+        return 130
+    return 0 if sweep.ok else 1

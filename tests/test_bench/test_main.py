@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import allocator, cuda, memory, peers, plans
+from bench import allocator, cuda, memory, peers, plans, plots
 from bench.__main__ import main as bench_main
 from bench.cases import TOY
+from bench.commands.options import OUT
 from bench.commands.single import TOY_NOTE, TOY_ROUNDS
+from bench.compare import load
 from bench.peers.base import terms
 from bench.result import Result
 from bench.sweep import Plan
@@ -19,6 +21,12 @@ from tests.test_bench import strange_peers
 
 STRANGE = strange_peers.__name__
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written without a path stays out of the repository."""
+    monkeypatch.chdir(tmp_path)
 
 
 def _main(*argv: str) -> int:
@@ -69,6 +77,7 @@ def test_bad_input_is_one_line_that_names_it_and_exit_code_2(
     assert err.startswith("bench: ")
     assert err.count("\n") == 1
     assert named in err
+    assert not OUT.exists()
 
 
 def test_without_a_gpu_cuda_is_one_line_and_exit_code_2(
@@ -108,20 +117,74 @@ def test_bad_input_of_a_sweep_is_one_line_too(
     assert err.startswith("bench: ")
     assert err.count("\n") == 1
     assert named in err
+    assert not OUT.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "stem", "pictures"),
+    [
+        (["--toy", "--no-memory"], "bench-toy", []),
+        (
+            ["sweep", "--toy", "--classes", "500", "2000"],
+            "bench-sweep-toy",
+            ["classes-memory.png", "classes-seconds.png", "frontier.png", "speedups.png"],
+        ),
+    ],
+    ids=["single", "sweep"],
+)
+def test_a_run_that_is_not_told_where_leaves_its_files_in_out_and_says_so(
+    argv: list[str], stem: str, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(*argv, "--rounds", "1", "--peers", "ours", "eager") == 0
+    files = [Path("out", f"{stem}.json"), *(Path("out", stem, name) for name in pictures)]
+    assert {path for path in Path("out").rglob("*") if path.is_file()} == set(files)
+    assert load(files[0]).command == " ".join(
+        ["python", "-m", "bench", *argv, "--rounds", "1", "--peers", "ours", "eager"]
+    )
+    said = capsys.readouterr().out
+    for path in files:
+        assert f"wrote {path}\n" in said
+
+
+def test_git_ignores_what_runs_leave() -> None:
+    assert f"{OUT}/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("argv", "option"), [(["--toy"], "json"), (["sweep", "--toy"], "plots")])
+def test_where_out_cannot_be_made_nothing_is_measured(
+    argv: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out").write_text("")
+    assert _main(*argv) == 2
+    assert capsys.readouterr() == ("", f"bench: {option}: expected a directory, got the file out\n")
+
+
+def test_without_matplotlib_a_sweep_has_no_pictures_unless_they_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plots, "unavailable", lambda: "matplotlib is not installed")
+    monkeypatch.setattr("bench.commands.sweep._run", lambda plan, path, folder: 0 if folder is None else 3)
+    assert _main("sweep", "--toy") == 0
+    assert capsys.readouterr().err == "no pictures: matplotlib is not installed\n"
+    assert _main("sweep", "--toy", "--plots", "pictures") == 2
+    assert capsys.readouterr().err == "bench: plots: matplotlib is not installed\n"
 
 
 @pytest.mark.parametrize("argv", [["--quick", "--rounds", "1"], ["--rounds", "1", "--quick"]], ids=str)
 def test_quick_alone_is_the_quick_sweep(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Plan] = []
+    written: list[tuple[Path, Path | None]] = []
 
-    def noted(plan: Plan, path: Path | None) -> tuple[None, int]:
+    def noted(plan: Plan, path: Path, folder: Path | None) -> int:
         asked.append(plan)
-        return None, 0
+        written.append((path, folder))
+        return 0
 
     monkeypatch.setattr("bench.commands.sweep._run", noted)
     assert _main(*argv) == 0
     assert _main("sweep", *argv) == 0
     assert asked[0] == asked[1]
+    assert written == [(Path("out/bench-sweep-quick.json"), Path("out/bench-sweep-quick"))] * 2
     assert (asked[0].seconds, asked[0].rounds) == (plans.QUICK.seconds, 1)
     assert {stop.case for stop in asked[0].stops} <= set(plans.QUICK.grid.cases())
 

@@ -14,11 +14,17 @@ from bench.memory import unavailable
 from expface_kernels.partial_fc.sampling import Sampler
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written without a path stays out of the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_it_measures_both_and_says_how_far_from_what_is_wanted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "found.json"
-    assert partial_fc.main(["--toy", "--rounds", "3", "--json", str(file)]) == 0
+    file = tmp_path / "out" / "partial-fc.json"
+    assert partial_fc.main(["--toy", "--rounds", "3"]) == 0
     found = json.loads(file.read_text())
     for name, wanted in (("draw", 0.05), ("step", 0.16), ("step with SGD", 0.16)):
         assert found[name]["wanted"] == wanted
@@ -32,7 +38,12 @@ def test_it_measures_both_and_says_how_far_from_what_is_wanted(
     if unavailable() is None:
         assert all(peak >= 0 for peak in found["draw_bytes"].values())
     out = capsys.readouterr().out
-    for text in ("Drawing S=1,000 of C=100,000", "wanted: under 0.16", "peak memory"):
+    for text in (
+        "Drawing S=1,000 of C=100,000",
+        "wanted: under 0.16",
+        "peak memory",
+        "wrote out/partial-fc.json",
+    ):
         assert text in out
 
 

@@ -67,3 +67,4 @@ sys.exit(main(["sweep", *argv, "--json", {str(path)!r}]))
     assert path.is_file()
     assert "pytorch-metric-learning is not installed" in done.stdout
     assert "there is no GPU" in done.stderr
+    assert "no pictures: matplotlib is not installed" in done.stderr

@@ -74,6 +74,25 @@ def test_without_two_points_there_is_no_slope() -> None:
     assert slopes.slopes(few, CLASSES, "ours", backward=True) is None
 
 
+@pytest.mark.parametrize(("missing", "known"), [(10_000, False), (100_000, True), (LARGEST, False)])
+def test_the_growth_of_memory_is_not_claimed_for_classes_where_it_was_not_measured(
+    missing: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slopes, "FROM", 10_000)  # three points, of which two are left
+    points = tuple(
+        dataclasses.replace(point, extra_bytes=None)
+        if point.peer == slopes.FLAT_PEER and point.case.classes == missing
+        else point
+        for point in SWEEP.points
+    )
+    found = slopes.slopes(dataclasses.replace(SWEEP, points=points), CLASSES, slopes.FLAT_PEER, backward=True)
+    assert found is not None
+    assert (found.first, found.last) == (10_000, LARGEST)
+    assert found.seconds_exponent == pytest.approx(1)
+    assert (found.memory_exponent is not None) == known
+    assert (found.bytes_a_class is not None) == known
+
+
 def test_the_frontier_goes_from_no_workspace_to_all() -> None:
     found = frontier(SWEEP)
     assert found[0].peer == "ours@0"
