@@ -96,7 +96,7 @@ def _print_times(result: Result, best: int, out: Output) -> None:
         ["head", "seconds", "quartiles", f"times {BASELINE}", "in each run", "GFLOP/s"],
         rows,
         f"median of {result.rounds} interleaved rounds, in the quietest of {len(result.runs)} runs (least "
-        f"sum of medians)\nGFLOP/s counts the three products that a step needs at least: 6·B·C·D = "
+        f"product of medians)\nGFLOP/s counts the three products that a step needs at least: 6·B·C·D = "
         f"{result.case.flops / 1e9:.4g} GFLOP; sampled modes are compared with {SAMPLED_BASELINE}",
     )
 
