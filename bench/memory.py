@@ -27,7 +27,7 @@ from bench import cuda, peers
 from bench.cases import LARGEST_WITH_LOGITS, Case, Inputs
 from bench.measure import run_step
 from bench.peers.base import Step, terms
-from bench.result import Memory
+from bench.result import Memory, in_a_line
 from expface_kernels import backends
 from expface_kernels.machine import proc_bytes
 
@@ -68,6 +68,8 @@ def _measure(name: str, case: Case, meter: Meter) -> Memory:
         return dataclasses.replace(entry, extra_bytes=meter.extra_bytes(name, own))
     except MeasurementError as error:
         return dataclasses.replace(entry, error=str(error))
+    except Exception as error:  # in this process, on a GPU: a peer may raise anything; the others go on
+        return dataclasses.replace(entry, error=in_a_line(error))
 
 
 class Meter:

@@ -33,6 +33,8 @@ def print_report(result: Result, out: Output) -> None:
         _print_times(result, result.best_run, out)
     for name, reason in result.skipped.items():
         out.line(f"{name} not timed: {reason}")
+    for name, error in result.failed.items():
+        out.line(f"timing of {name} FAILED: {error}")
     if result.memory:
         _print_memory(result.memory, out)
     for note in dict.fromkeys(_memory_notes(result.memory)):

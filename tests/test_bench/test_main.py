@@ -11,6 +11,7 @@ from bench import allocator, cuda, memory, peers, plans
 from bench.__main__ import main as bench_main
 from bench.cases import TOY
 from bench.commands.single import TOY_NOTE, TOY_ROUNDS
+from bench.gate import GATE_CLASSES
 from bench.peers.base import terms
 from bench.result import Result
 from bench.sweep import Plan
@@ -190,6 +191,34 @@ def test_a_wrong_peer_is_not_measured_and_the_exit_code_is_1(
     assert set(result.runs[0]) == {"ours"}
     assert {entry.peer for entry in result.memory} == {"ours"}
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["RAISING_AT_FIRST", "RAISING_WHEN_TIMED"])
+def test_a_peer_that_fails_after_the_gate_costs_nobody_else_a_number(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing, path = f"{STRANGE}:{name}", tmp_path / "result.json"
+    argv = ["--classes", str(GATE_CLASSES + 1), "--rows", "4", "--rounds", "2", "--runs", "2"]
+    argv += ["--peers", "eager", failing, "ours", "--no-memory", "--json", str(path)]
+    assert _main("--toy", *argv) == 1
+    result = Result.from_json(path.read_text())
+    assert all(gate.passed for gate in result.gates)
+    assert result.failed == {failing: "RuntimeError: out of order at this size"}
+    assert [{peer: len(seconds) for peer, seconds in run.items()} for run in result.runs] == [
+        {"eager": 2, "ours": 2}
+    ] * 2
+    out = capsys.readouterr().out
+    assert "timing of tests.test_bench.strange_peers" in out
+    assert "FAILED: RuntimeError: out of order at this size" in out
+
+
+@pytest.mark.parametrize("name", ["RAISING_AT_FIRST", "RAISING_WHEN_TIMED"])
+def test_where_all_fail_after_the_gate_the_file_says_so(name: str, tmp_path: Path) -> None:
+    failing, path = f"{STRANGE}:{name}", tmp_path / "result.json"
+    argv = ["--classes", str(GATE_CLASSES + 1), "--rows", "4", "--no-memory", "--json", str(path)]
+    assert _main("--toy", *argv, "--peers", failing) == 1
+    result = Result.from_json(path.read_text())
+    assert (set(result.failed), result.runs) == ({failing}, ())
 
 
 def test_options_reach_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,21 @@ def test_a_process_that_fails_is_an_error_with_its_last_line() -> None:
     assert found.error == "RuntimeError: out of order"
 
 
+def test_whatever_a_peer_raises_here_is_an_error_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def extra_bytes(meter: memory.Meter, name: str, case: Case) -> int:
+        if name == "eager":
+            raise RuntimeError("out of\norder")
+        return 7
+
+    monkeypatch.setattr(memory, "unavailable", lambda device: None)
+    monkeypatch.setattr(memory.Meter, "extra_bytes", extra_bytes)
+    eager, ours = memory.measure_all(["eager", "ours"], TOY)
+    assert (eager.extra_bytes, eager.error) == (None, "RuntimeError: out of order")
+    assert (ours.extra_bytes, ours.error) == (7, None)
+
+
 def test_a_peer_that_cannot_is_not_tried() -> None:
     (found,) = memory.measure_all([f"{STRANGE}:UNABLE"], TOY)
     assert (found.extra_bytes, found.error) == (None, None)

@@ -74,6 +74,7 @@ def test_a_wrong_peer_or_a_failed_measurement_is_not_ok() -> None:
     assert not dataclasses.replace(RESULT, gates=(wrong,)).ok
     failed = dataclasses.replace(RESULT.memory[0], error="killed")
     assert not dataclasses.replace(RESULT, memory=(failed,)).ok
+    assert not dataclasses.replace(RESULT, failed={"compiled": "RuntimeError: out of order"}).ok
 
 
 def _printed(result: Result) -> str:
