@@ -26,7 +26,8 @@ import torch
 from bench import cuda, peers
 from bench.cases import LARGEST_WITH_LOGITS, Case, Inputs
 from bench.measure import run_step
-from bench.peers.base import Step, terms
+from bench.peers.base import Peer, Step, terms
+from bench.peers.ours import Ours
 from bench.result import Memory, in_a_line
 from expface_kernels import backends
 from expface_kernels.machine import proc_bytes
@@ -59,8 +60,8 @@ def _measure(name: str, case: Case, meter: Meter) -> Memory:
     peer = peers.get(name)
     own = terms(peer, case)
     reason = unavailable(case.device) or peer.why_not(own)
-    if reason is None and case.classes > LARGEST_WITH_LOGITS and not name.startswith("ours"):
-        reason = f"measured to {LARGEST_WITH_LOGITS:,} classes only"
+    if reason is None and case.classes > LARGEST_WITH_LOGITS and _holds_logits(peer, own):
+        reason = f"it holds as much as the logits of all classes: measured to {LARGEST_WITH_LOGITS:,} only"
     entry = Memory(name, peer.label(own), case, None, reason, None)
     if reason is not None:
         return entry
@@ -70,6 +71,13 @@ def _measure(name: str, case: Case, meter: Meter) -> Memory:
         return dataclasses.replace(entry, error=str(error))
     except Exception as error:  # in this process, on a GPU: a peer may raise anything; the others go on
         return dataclasses.replace(entry, error=in_a_line(error))
+
+
+def _holds_logits(peer: Peer, own: Case) -> bool:
+    """Of all classes, or copies of the centres that are as large, by the peer's own estimate."""
+    if isinstance(peer, Ours) or own.sample_rate != 1:
+        return False
+    return peer.extra_bytes(own) >= own.rows * own.classes * own.itemsize
 
 
 class Meter:

@@ -111,9 +111,10 @@ def _print_memory(entries: tuple[Memory, ...], out: Output) -> None:
     cases = list(dict.fromkeys(entry.case for entry in entries))
     shapes = [f"B={case.rows:,}\nC={case.classes:,}\nD={case.features:,}" for case in cases]
     rows = []
-    found = {(entry.label, entry.case): entry.extra_bytes for entry in entries}
-    for label in dict.fromkeys(entry.label for entry in entries):
-        cells = [found[label, case] for case in cases]
+    found = {(entry.peer, entry.case): entry.extra_bytes for entry in entries}
+    labels = {entry.peer: entry.label for entry in entries}  # of chunk sizes the last one counts
+    for peer, label in labels.items():
+        cells = [found.get((peer, case)) for case in cases]
         rows.append([label, *(NONE if cell is None else f"{cell / 1e6:,.1f}" for cell in cells)])
     out.table(
         "Peak extra memory of a step, MB (1e6 bytes), beside inputs and the two gradients",

@@ -49,6 +49,13 @@ class Wasteful(Named):
         return step
 
 
+class Sparing(Named):
+    """Says that it holds nothing."""
+
+    def extra_bytes(self, case: Case) -> int:
+        return 0
+
+
 class WithoutWeightGradient(Named):
     def step(self, inputs: Inputs) -> Step:
         inner = super().step(inputs)
@@ -91,6 +98,7 @@ class Unable(Named):
 
 SHIFTED = Shifted("SHIFTED")
 WASTEFUL = Wasteful("WASTEFUL")
+SPARING = Sparing("SPARING")
 WITHOUT_WEIGHT_GRADIENT = WithoutWeightGradient("WITHOUT_WEIGHT_GRADIENT")
 RAISING = Raising("RAISING")
 RAISING_AT_FIRST = RaisingLater("RAISING_AT_FIRST", 1)

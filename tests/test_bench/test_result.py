@@ -89,6 +89,14 @@ def test_the_report_shows_errors_times_ratios_memory_and_reasons() -> None:
         assert part in text, part
 
 
+def test_a_label_that_names_the_shape_s_chunks_does_not_end_the_report() -> None:
+    renamed = dataclasses.replace(RESULT.memory[2], label="ours, other chunks")
+    text = _printed(dataclasses.replace(RESULT, memory=(RESULT.memory[0], renamed)))
+    (line,) = (line for line in text.splitlines() if "ours, other chunks" in line)
+    assert "2.5" in line
+    assert "3.5" in line
+
+
 @pytest.mark.parametrize(("load", "warned"), [(None, False), (0.1, False), (2.5, True)])
 def test_the_report_says_when_the_machine_was_busy(load: float | None, warned: bool) -> None:
     text = _printed(dataclasses.replace(RESULT, machine=RESULT.machine | {"load_average": load}))
