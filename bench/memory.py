@@ -34,6 +34,7 @@ from expface_kernels.machine import proc_bytes
 
 TINY_ROWS, TINY_CLASSES = 8, 64
 STEPS = 2
+NOT_LINUX = "peak memory is read from Linux's /proc/self/clear_refs, which is not here"
 _STATUS, _CLEAR_REFS = "/proc/self/status", Path("/proc/self/clear_refs")
 
 
@@ -47,7 +48,7 @@ def unavailable(device: str = "cpu") -> str | None:
         return cuda.unavailable()
     if _CLEAR_REFS.exists() and os.access(_CLEAR_REFS, os.W_OK):
         return None
-    return "peak memory is read from Linux's /proc/self/clear_refs, which is not here"
+    return NOT_LINUX
 
 
 def measure_all(names: Sequence[str], case: Case) -> list[Memory]:
