@@ -66,7 +66,9 @@ def load(path: Path) -> Result | Sweep:
             raise ValueError("expected a JSON object")
         if data.get("kind") not in (None, sweep_result.KIND):
             raise ValueError(f"schema: expected a single case or a sweep, got {data['kind']!r}")
-        return Sweep.from_data(data) if data.get("kind") == sweep_result.KIND else Result.from_data(data)
+        found = Sweep.from_data(data) if data.get("kind") == sweep_result.KIND else Result.from_data(data)
+        _read_through(found)
+        return found
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except (KeyError, TypeError, AttributeError) as error:
@@ -75,6 +77,18 @@ def load(path: Path) -> Result | Sweep:
         raise ValueError(f"{path}: not JSON: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read_through(result: Result | Sweep) -> None:
+    """Raises what a comparison, or a picture's title, would stumble over in a file that is none of ours."""
+    _numbers(result)
+    _conditions(result)
+    _lost(result, result)
+    _failed(result, result)
+    if isinstance(result, Sweep):
+        result.budget_seconds + 0.0  # TypeError for a text
+    for name in (*SAME_MACHINE, "commit"):
+        result.machine[name]
 
 
 def compare(before: Result | Sweep, after: Result | Sweep, threshold: float) -> Comparison:
@@ -118,13 +132,13 @@ def _numbers(result: Result | Sweep) -> dict[Key, float]:
     if isinstance(result, Sweep):
         for point in result.points:
             if point.median is not None:
-                found["seconds", point.peer, point.case] = point.median
+                found["seconds", point.peer, point.case] = float(point.median)
             if point.extra_bytes is not None:
                 found["bytes", point.peer, point.case] = float(point.extra_bytes)
         return found
     if (best := result.best_run) is not None:
         for peer in result.runs[best]:
-            found["seconds", peer, result.case] = result.seconds(peer, best).median
+            found["seconds", peer, result.case] = float(result.seconds(peer, best).median)
     for entry in result.memory:
         if entry.extra_bytes is not None:
             found["bytes", entry.peer, entry.case] = float(entry.extra_bytes)

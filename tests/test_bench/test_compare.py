@@ -25,6 +25,11 @@ def _written(folder: Path, name: str, result: Result | Sweep) -> str:
     return str(path)
 
 
+def _with(result: Result | Sweep, **fields: object) -> str:
+    """The file's text with other fields, of any type."""
+    return json.dumps(json.loads(result.to_json()) | fields)
+
+
 def _slower(sweep: Sweep, peer: str, factor: float, memory: float = 1.0) -> Sweep:
     def changed(point):  # type: ignore[no-untyped-def]
         if point.peer != peer:
@@ -298,6 +303,12 @@ def test_a_core_shared_in_one_of_them_is_one_line(tmp_path: Path, capsys: pytest
         (json.dumps({"kind": "sweep", "schema": 1}), "not a result"),
         (json.dumps({"schema": 1}), "not a result"),
         (RESULT.to_json(), "one kind"),
+        (_with(SWEEP, machine=[1]), "not a result of this program: AttributeError"),
+        (_with(RESULT, machine=[1]), "not a result of this program: AttributeError"),
+        (_with(SWEEP, machine={}), "not a result of this program: KeyError 'cpu'"),
+        (_with(RESULT, runs=[{"ours": ["fast"]}]), "not a result of this program: TypeError"),
+        (_with(RESULT, skipped=["ours"]), "not a result of this program: AttributeError"),
+        (_with(SWEEP, budget_seconds="long"), "not a result of this program: TypeError"),
     ],
 )
 @pytest.mark.parametrize("first", [True, False])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from bench.sweep_result import Sweep
 from tests.test_bench import strange_peers
 
 STRANGE = strange_peers.__name__
+STRANGE_IMPORT = "tests.test_bench.strange_import"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -57,6 +59,10 @@ def _main(*argv: str) -> int:
         (["--autocast", "float32"], "autocast"),
         (["--json", "no/such/directory/x.json"], "no/such/directory"),
         (["--json", "."], "json: expected a file, got the directory ."),
+        (["--peers", ".x:y"], "'.x:y' cannot be imported"),
+        (["--peers", f"{STRANGE_IMPORT}:PEER"], "cannot be imported: not today"),
+        (["--peers", f"ours@{2**63}"], "workspace-bytes: expected at most 2**63 - 1"),
+        (["--workspace-bytes", "99999999999999999999"], "workspace-bytes: expected at most 2**63 - 1"),
         (["--peers", "os:getcwd"], "expected 'os:getcwd' to be a bench.peers.base.Peer"),
         (["--unknown"], "unknown"),
     ],
@@ -91,6 +97,9 @@ def test_without_a_gpu_cuda_is_one_line_and_exit_code_2(
         (["--classes", str(10**13)], "fit"),
         (["--rounds", "0"], "rounds"),
         (["--seconds", "nan"], "seconds"),
+        (["--seconds", "inf"], "seconds: expected a finite number, got inf"),
+        (["--peers", ".x:y"], "'.x:y' cannot be imported"),
+        (["--peers", f"ours@{2**63}"], "workspace-bytes"),
         (["--margin", "none"], "margin"),
         (["--quick"], "not allowed with"),
         (["--json", "no/such/directory/x.json"], "no/such/directory"),
@@ -138,6 +147,17 @@ def test_what_quick_cannot_be_combined_with_is_one_line(
     assert named in err
     assert err.endswith("(see python -m bench sweep --help)\n")
     assert err.count("\n") == 1
+
+
+def test_a_folder_that_takes_no_file_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(dir: Path) -> None:  # as /proc does, where modes let root write
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(dir))
+
+    monkeypatch.setattr("bench.commands.options.tempfile.TemporaryFile", refused)
+    assert _main("sweep", "--toy", "--plots", str(tmp_path)) == 2
+    assert capsys.readouterr().err == f"bench: plots: {tmp_path} cannot be written to (No such file)\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["sweep"]], ids=["single", "sweep"])
