@@ -33,7 +33,7 @@ def rounds_within(step_seconds: Mapping[str, float], seconds: float, most: int) 
     for name in sorted(step_seconds, key=lambda name: step_seconds[name]):
         one = step_seconds[name]
         share = seconds / (len(step_seconds) - len(found))
-        found[name] = max(1, min(most, int(share / one) if one else most))
+        found[name] = max(1, int(min(most, share / one)) if one else most)
         seconds -= found[name] * one
     return found
 

@@ -158,6 +158,6 @@ TOY = Case(rows=32, classes=600, features=32)
 # The shape of the single run's memory sweep; its classes are MEMORY_CLASSES.
 MEMORY = Case(rows=128, classes=1_000_000, features=128)
 MEMORY_CLASSES = (100_000, 1_000_000, 4_000_000)
-# Above this only the memory of ours is measured: heads that hold the logits take minutes of a CPU and 14 GB
+# Above this, heads that hold the logits of all classes are not measured: they take minutes of a CPU and 14 GB
 # for one more point of a straight line.
 LARGEST_WITH_LOGITS = 1_000_000

@@ -26,13 +26,15 @@ import torch
 from bench import cuda, peers
 from bench.cases import LARGEST_WITH_LOGITS, Case, Inputs
 from bench.measure import run_step
-from bench.peers.base import Step, terms
-from bench.result import Memory
+from bench.peers.base import Peer, Step, terms
+from bench.peers.ours import Ours
+from bench.result import Memory, in_a_line
 from expface_kernels import backends
 from expface_kernels.machine import proc_bytes
 
 TINY_ROWS, TINY_CLASSES = 8, 64
 STEPS = 2
+NOT_LINUX = "peak memory is read from Linux's /proc/self/clear_refs, which is not here"
 _STATUS, _CLEAR_REFS = "/proc/self/status", Path("/proc/self/clear_refs")
 
 
@@ -46,7 +48,7 @@ def unavailable(device: str = "cpu") -> str | None:
         return cuda.unavailable()
     if _CLEAR_REFS.exists() and os.access(_CLEAR_REFS, os.W_OK):
         return None
-    return "peak memory is read from Linux's /proc/self/clear_refs, which is not here"
+    return NOT_LINUX
 
 
 def measure_all(names: Sequence[str], case: Case) -> list[Memory]:
@@ -59,8 +61,8 @@ def _measure(name: str, case: Case, meter: Meter) -> Memory:
     peer = peers.get(name)
     own = terms(peer, case)
     reason = unavailable(case.device) or peer.why_not(own)
-    if reason is None and case.classes > LARGEST_WITH_LOGITS and not name.startswith("ours"):
-        reason = f"measured to {LARGEST_WITH_LOGITS:,} classes only"
+    if reason is None and case.classes > LARGEST_WITH_LOGITS and _holds_logits(peer, own):
+        reason = f"it holds as much as the logits of all classes: measured to {LARGEST_WITH_LOGITS:,} only"
     entry = Memory(name, peer.label(own), case, None, reason, None)
     if reason is not None:
         return entry
@@ -68,6 +70,15 @@ def _measure(name: str, case: Case, meter: Meter) -> Memory:
         return dataclasses.replace(entry, extra_bytes=meter.extra_bytes(name, own))
     except MeasurementError as error:
         return dataclasses.replace(entry, error=str(error))
+    except Exception as error:  # in this process, on a GPU: a peer may raise anything; the others go on
+        return dataclasses.replace(entry, error=in_a_line(error))
+
+
+def _holds_logits(peer: Peer, own: Case) -> bool:
+    """Of all classes, or copies of the centres that are as large, by the peer's own estimate."""
+    if isinstance(peer, Ours) or own.sample_rate != 1:
+        return False
+    return peer.extra_bytes(own) >= own.rows * own.classes * own.itemsize
 
 
 class Meter:

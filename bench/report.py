@@ -33,6 +33,8 @@ def print_report(result: Result, out: Output) -> None:
         _print_times(result, result.best_run, out)
     for name, reason in result.skipped.items():
         out.line(f"{name} not timed: {reason}")
+    for name, error in result.failed.items():
+        out.line(f"timing of {name} FAILED: {error}")
     if result.memory:
         _print_memory(result.memory, out)
     for note in dict.fromkeys(_memory_notes(result.memory)):
@@ -96,7 +98,7 @@ def _print_times(result: Result, best: int, out: Output) -> None:
         ["head", "seconds", "quartiles", f"times {BASELINE}", "in each run", "GFLOP/s"],
         rows,
         f"median of {result.rounds} interleaved rounds, in the quietest of {len(result.runs)} runs (least "
-        f"sum of medians)\nGFLOP/s counts the three products that a step needs at least: 6·B·C·D = "
+        f"product of medians)\nGFLOP/s counts the three products that a step needs at least: 6·B·C·D = "
         f"{result.case.flops / 1e9:.4g} GFLOP; sampled modes are compared with {SAMPLED_BASELINE}",
     )
 
@@ -109,9 +111,10 @@ def _print_memory(entries: tuple[Memory, ...], out: Output) -> None:
     cases = list(dict.fromkeys(entry.case for entry in entries))
     shapes = [f"B={case.rows:,}\nC={case.classes:,}\nD={case.features:,}" for case in cases]
     rows = []
-    found = {(entry.label, entry.case): entry.extra_bytes for entry in entries}
-    for label in dict.fromkeys(entry.label for entry in entries):
-        cells = [found[label, case] for case in cases]
+    found = {(entry.peer, entry.case): entry.extra_bytes for entry in entries}
+    labels = {entry.peer: entry.label for entry in entries}  # of chunk sizes the last one counts
+    for peer, label in labels.items():
+        cells = [found.get((peer, case)) for case in cases]
         rows.append([label, *(NONE if cell is None else f"{cell / 1e6:,.1f}" for cell in cells)])
     out.table(
         "Peak extra memory of a step, MB (1e6 bytes), beside inputs and the two gradients",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.cases import Case
@@ -13,6 +13,12 @@ from bench.peers import BASELINE, baseline
 
 SCHEMA = 1
 """Version of the JSON: raised when a field changes its meaning or goes."""
+ERROR_LENGTH = 300  # characters
+
+
+def in_a_line(error: Exception) -> str:
+    """What was raised, as results keep it."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:ERROR_LENGTH]
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,14 @@ class Result:
     date: str
     keep_memory: bool = False
     """malloc was told to keep what is freed (bench/allocator.py)."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Peers that passed the gate and raised when they were to be timed, and what; they are in no run."""
 
     @property
     def ok(self) -> bool:
         """All peers were right, and what was to be measured was."""
-        return all(gate.passed for gate in self.gates) and not any(entry.error for entry in self.memory)
+        measured = not self.failed and not any(entry.error for entry in self.memory)
+        return measured and all(gate.passed for gate in self.gates)
 
     @property
     def best_run(self) -> int | None:
@@ -122,4 +131,5 @@ class Result:
             command=data["command"],
             date=data["date"],
             keep_memory=data.get("keep_memory", False),
+            failed=data.get("failed", {}),
         )

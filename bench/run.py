@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench import allocator, machine, memory, peers
-from bench.cases import Case
+from bench.cases import Case, Inputs
 from bench.gate import check_all, gate_case, in_terms_of, tiled_case
 from bench.measure import WARM_UPS, run_step, time_run
-from bench.peers.base import terms
-from bench.result import Memory, Result
+from bench.peers.base import Step, terms
+from bench.result import Memory, Result, in_a_line
 from bench.show import Progress
 from bench.spin import spinning
 
@@ -46,6 +46,7 @@ def run(plan: Plan, progress: Progress) -> Result:
     gates = check_all(able, small, _task(progress, "gate", len(able)), tiled=tiled_case(plan.case))
     reasons = {name: _why_not(name, plan.case) for name in plan.peers}
     right = [gate.peer for gate in gates if gate.passed and reasons.get(gate.peer, "") is None]
+    runs, failed = _time(plan, right, progress) if right else ((), {})
     return Result(
         case=plan.case,
         spin=plan.spin,
@@ -53,11 +54,12 @@ def run(plan: Plan, progress: Progress) -> Result:
         rounds=plan.rounds,
         gates=gates,
         skipped={name: reason for name, reason in reasons.items() if reason is not None},
-        runs=_time(plan, right, progress) if right else (),
+        runs=runs,
         memory=_memory(plan, {gate.peer for gate in gates if not gate.passed}, progress),
         machine=described,
         command=plan.command,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        failed=failed,
     )
 
 
@@ -66,17 +68,45 @@ def _why_not(name: str, case: Case) -> str | None:
     return peer.why_not(terms(peer, case))
 
 
-def _time(plan: Plan, names: list[str], progress: Progress) -> tuple[dict[str, list[float]], ...]:
+def _time(
+    plan: Plan, names: list[str], progress: Progress
+) -> tuple[tuple[dict[str, list[float]], ...], dict[str, str]]:
+    """Seconds of each run, and what was raised by the peers that are in none of them."""
     inputs = plan.case.inputs()
-    steps = {name: peers.get(name).step(in_terms_of(name, inputs)) for name in names}
-    advance = _task(progress, "warm-up", len(names) * WARM_UPS)
-    for step in steps.values():
-        for _ in range(WARM_UPS):
-            run_step(step, inputs)
-            advance()
-    advance = _task(progress, "timing", len(names) * plan.rounds * plan.runs)
+    failed: dict[str, str] = {}
+
+    def note(name: str, error: Exception) -> None:
+        failed[name] = in_a_line(error)
+
+    steps = _warmed_up(names, inputs, note, _task(progress, "warm-up", len(names) * WARM_UPS))
+    advance = _task(progress, "timing", len(steps) * plan.rounds * plan.runs)
+    runs: list[dict[str, list[float]]] = []
     with spinning(plan.spin):
-        return tuple(time_run(steps, inputs, plan.rounds, advance) for _ in range(plan.runs))
+        for _ in range(plan.runs if steps else 0):
+            runs.append(time_run(steps, inputs, plan.rounds, advance, failed=note))
+            steps = {name: step for name, step in steps.items() if name not in failed}
+            if not steps:
+                break
+    # Runs are compared with one another: whoever fails in a later one leaves those before it too.
+    return tuple({name: run[name] for name in steps} for run in runs if steps), failed
+
+
+def _warmed_up(
+    names: list[str], inputs: Inputs, failed: Callable[[str, Exception], None], advance: Callable[[], None]
+) -> dict[str, Step]:
+    """Steps that have run WARM_UPS times; a peer that raises is handed to `failed`."""
+    steps: dict[str, Step] = {}
+    for name in names:
+        try:
+            step = peers.get(name).step(in_terms_of(name, inputs))
+            for _ in range(WARM_UPS):
+                run_step(step, inputs)
+                advance()
+        except Exception as error:  # a peer may raise anything; the others go on
+            failed(name, error)
+        else:
+            steps[name] = step
+    return steps
 
 
 def _memory(plan: Plan, wrong: set[str], progress: Progress) -> tuple[Memory, ...]:

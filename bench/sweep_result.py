@@ -16,6 +16,10 @@ from bench.result import Gate
 KIND, SCHEMA = "sweep", 1
 """What the JSON says it is, and the version of its fields."""
 AXES = ("classes", "rows", "features")
+# Reasons why a point has no number.
+NO_TIME = "no time was left"
+OUT_OF_MEMORY = "it ran out of memory"
+NOT_RIGHT = "it did not pass the gate"
 
 
 @dataclass(frozen=True)

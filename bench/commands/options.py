@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -72,7 +74,7 @@ def file_to_write(name: str, path: Path) -> Path:
 
 
 def folder_to_write(name: str, path: Path) -> Path:
-    """The path, of a folder that is there now; ValueError where none can be made or written to."""
+    """The path, of a folder that is there now; ValueError where none can be made or no file written there."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{name}: expected a directory, got the file {path}")
     _writable(name, path)
@@ -80,6 +82,10 @@ def folder_to_write(name: str, path: Path) -> Path:
         path.mkdir(exist_ok=True)
     except OSError as error:
         raise ValueError(f"{name}: {path} cannot be made ({error.strerror})") from error
+    try:
+        tempfile.TemporaryFile(dir=path).close()  # as above
+    except OSError as error:
+        raise ValueError(f"{name}: {path} cannot be written to ({error.strerror})") from error
     return path
 
 
@@ -97,6 +103,8 @@ def _writable(name: str, path: Path) -> None:
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """ValueError below; NaN too."""
+    """ValueError below; for NaN and infinity too."""
     if not value >= least:
         raise ValueError(f"{name}: expected at least {least:g}, got {value:g}")
+    if value == math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value:g}")

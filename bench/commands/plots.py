@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import plots
-from bench.commands.options import Parser
+from bench.commands.options import Parser, folder_to_write
 from bench.compare import load
 from bench.sweep_result import Sweep
 
@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"{options.sweep}: expected a sweep, got a single case")
         if not options.folder.is_dir():
             raise ValueError(f"folder: there is no directory {options.folder}")
+        folder_to_write("folder", options.folder)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

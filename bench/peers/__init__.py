@@ -66,7 +66,7 @@ def get(name: str) -> Peer:
     if colon:
         try:
             peer: Peer = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # ".x:y" is a TypeError, and a module may raise anything
             raise ValueError(f"peers: {name!r} cannot be imported: {error}") from error
         if not isinstance(peer, Peer):
             raise ValueError(

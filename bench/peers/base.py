@@ -21,6 +21,8 @@ Step = Callable[[], Tensor]
 # Of the free memory: needs are estimates, and whoever else is on the machine wants some too.
 USABLE = {"cpu": 0.75, "cuda": 0.92}
 NO_MARGIN: tuple[str, ...] = ("normface",)
+NEEDS = "needs about"
+"""How `memory_reason` begins."""
 GPU_ONLY: tuple[str, ...] = ("cuda",)
 
 
@@ -110,7 +112,7 @@ def memory_reason(needed_bytes: int, device: str) -> str | None:
     if free is None or needed_bytes <= usable * free:
         return None
     return (
-        f"needs about {needed_bytes / 1e9:.3g} GB, more than {usable:.0%} of the {free / 1e9:.3g} GB that "
+        f"{NEEDS} {needed_bytes / 1e9:.3g} GB, more than {usable:.0%} of the {free / 1e9:.3g} GB that "
         "are free"
     )
 

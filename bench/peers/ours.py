@@ -12,6 +12,9 @@ from expface_kernels.backends.cpu import TILE_CLASSES
 from expface_kernels.backends.products import TILE_ELEMENTS
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 
+LARGEST_WORKSPACE = 2**63 - 1
+"""Bytes: an operator's arguments are int64."""
+
 
 class Ours(Peer):
     """`margin_cross_entropy`. "ours" has the default workspace, "ours@0" none, "ours@N" one of N bytes."""
@@ -22,6 +25,8 @@ class Ours(Peer):
     def __init__(self, workspace_bytes: int | None = None) -> None:
         self.name = "ours" if workspace_bytes is None else f"ours@{workspace_bytes}"
         self.workspace_bytes = DEFAULT_WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+        if self.workspace_bytes > LARGEST_WORKSPACE:
+            raise ValueError(f"workspace-bytes: expected at most 2**63 - 1, got {workspace_bytes}")
 
     def label(self, case: Case) -> str:
         return f"ours, workspace {self.workspace_bytes / 2**20:.4g} MiB ({mode(self, case)})"

@@ -54,6 +54,7 @@ def test_costs_grow_with_flops_and_what_comes_once_does_not() -> None:
 def test_rounds_follow_even_shares_and_slow_ones_get_what_is_left() -> None:
     assert rounds_within({"slow": 10.0, "fast": 1.0}, 60.0, 7) == {"fast": 7, "slow": 5}
     assert rounds_within({"slow": 10.0, "fast": 1.0}, 1000.0, 7) == {"fast": 7, "slow": 7}
+    assert rounds_within({"fast": 1e-3}, 1e308, 7) == {"fast": 7}
     assert rounds_within({"slow": 100.0, "fast": 1.0, "unknown": 0.0}, 12.0, 7) == {
         "unknown": 7,
         "fast": 6,

@@ -3,14 +3,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bench import memory
 from bench.__main__ import main
+from bench.cases import Case
 from bench.result import Gate, Result
 from bench.sweep_result import Sweep
 from tests.test_bench.made_up import made_up
 from tests.test_bench.test_result import RESULT
+from tests.test_bench.test_sweep import Sweeper
 
 SWEEP = made_up()
 
@@ -19,6 +23,11 @@ def _written(folder: Path, name: str, result: Result | Sweep) -> str:
     path = folder / name
     path.write_text(result.to_json())
     return str(path)
+
+
+def _with(result: Result | Sweep, **fields: object) -> str:
+    """The file's text with other fields, of any type."""
+    return json.dumps(json.loads(result.to_json()) | fields)
 
 
 def _slower(sweep: Sweep, peer: str, factor: float, memory: float = 1.0) -> Sweep:
@@ -101,26 +110,132 @@ def _without_numbers(sweep: Sweep, peer: str, **why: str) -> Sweep:
     )
 
 
+OUT_OF_ORDER = {"error": "RuntimeError: out of order"}
+
+
 @pytest.mark.parametrize(
-    ("why", "code"),
+    ("peer", "why", "code"),
     [
-        ({"error": "RuntimeError: out of order"}, 1),
-        ({"reason": "it is not installed"}, 0),
-        ({"reason": "needs about 33.3 GB"}, 0),
-        ({"reason": "no time was left"}, 0),
+        ("eager", OUT_OF_ORDER, 1),
+        ("eager", {"reason": "needs about 33.3 GB"}, 1),
+        ("eager", {"reason": "it ran out of memory"}, 1),
+        ("eager", {"reason": "no time was left"}, 1),
+        ("eager", {"reason": "no time was left for a step of about 3 s"}, 1),
+        ("eager", {"reason": "a library is not installed"}, 0),
+        ("ours", OUT_OF_ORDER, 1),
+        ("ours", {"reason": "no time was left"}, 1),
+        ("ours", {"reason": "its extension cannot be loaded"}, 1),
+        ("ours@0", {"reason": "its extension cannot be loaded"}, 1),
+        ("ours_sampled", {"reason": "its extension cannot be loaded"}, 1),
     ],
 )
-def test_an_error_where_a_number_was_is_a_regression_and_a_reason_is_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], why: dict[str, str], code: int
+def test_what_fails_has_no_room_or_no_time_is_a_regression_and_a_peer_that_is_not_here_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], peer: str, why: dict[str, str], code: int
 ) -> None:
     before = _written(tmp_path, "a.json", SWEEP)
-    after = _written(tmp_path, "b.json", _without_numbers(SWEEP, "eager", **why))
+    after = _written(tmp_path, "b.json", _without_numbers(SWEEP, peer, **why))
     assert main(["compare", before, after]) == code
     out = capsys.readouterr().out
-    assert ("FAILED" if code else "missing") in out
+    assert ("LOST" in out) == bool(code)
+    assert ("missing" in out) != bool(code)
     lines = [line for line in out.splitlines() if line.startswith("REGRESSION")]
     assert bool(lines) == bool(code)
-    assert all(line.startswith("REGRESSION: eager, ") and why["error"] in line for line in lines)
+    (text,) = why.values()
+    assert all(line.startswith(f"REGRESSION: {peer}, ") and line.endswith(text) for line in lines)
+
+
+@pytest.mark.parametrize("reason", ["its memory: no time was left", memory.NOT_LINUX])
+def test_memory_that_was_not_measured_says_nothing_where_the_seconds_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reason: str
+) -> None:
+    points = tuple(dataclasses.replace(p, extra_bytes=None, reason=reason) for p in SWEEP.points)
+    after = dataclasses.replace(SWEEP, points=points)
+    assert main(["compare", _written(tmp_path, "a.json", SWEEP), _written(tmp_path, "b.json", after)]) == 0
+    gone = sum(point.extra_bytes is not None for point in SWEEP.points)
+    assert f"Not compared: {gone} of " in capsys.readouterr().out
+    slower = _slower(after, "ours", 1.2)
+    assert main(["compare", _written(tmp_path, "a.json", SWEEP), _written(tmp_path, "b.json", slower)]) == 1
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(90, 1), (200, 1), (60, 0)])
+def test_a_sweep_that_has_less_time_may_leave_more_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: float, code: int
+) -> None:
+    after = _without_numbers(SWEEP, "ours", reason="no time was left")
+    after = dataclasses.replace(after, budget_seconds=seconds)
+    before = _written(tmp_path, "a.json", SWEEP)
+    assert main(["compare", before, _written(tmp_path, "b.json", after)]) == code
+    assert (f"budget_seconds 90 against {seconds}" in capsys.readouterr().out) == (seconds != 90)
+
+
+def test_a_sweep_that_was_stopped_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = dataclasses.replace(SWEEP, points=SWEEP.points[:4], complete=False)
+    assert main(["compare", _written(tmp_path, "a.json", SWEEP), _written(tmp_path, "b.json", stopped)]) == 0
+    assert "the second sweep was stopped before its end\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("peer", "field", "text", "code"),
+    [
+        ("ours", "skipped", "its extension cannot be loaded", 1),
+        ("ours", "skipped", "needs about 33.3 GB, more than 75% of the 8 GB that are free", 1),
+        ("ours", "failed", "RuntimeError: out of order", 1),
+        ("eager", "skipped", "needs about 33.3 GB, more than 75% of the 8 GB that are free", 1),
+        ("eager", "skipped", "a library is not installed", 0),
+        ("eager", "failed", "RuntimeError: out of order", 1),
+    ],
+)
+def test_a_single_case_s_peer_that_is_timed_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], peer: str, field: str, text: str, code: int
+) -> None:
+    runs = tuple({name: s for name, s in run.items() if name != peer} for run in RESULT.runs)
+    changes: dict[str, Any] = {"runs": runs, field: {peer: text}}
+    after = dataclasses.replace(RESULT, **changes)
+    assert (
+        main(["compare", _written(tmp_path, "a.json", RESULT), _written(tmp_path, "b.json", after)]) == code
+    )
+    out = " ".join(capsys.readouterr().out.split())
+    assert (f"REGRESSION: {peer}, seconds" in out) == bool(code)
+    assert (f"gradient: {text}" in out) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("why_not", "code"), [("needs about 33.3 GB", 1), ("no extension", 1), (memory.NOT_LINUX, 0)]
+)
+def test_memory_of_ours_that_is_not_measured_any_more(tmp_path: Path, why_not: str, code: int) -> None:
+    gone = dataclasses.replace(RESULT.memory[0], extra_bytes=None, why_not=why_not)
+    after = dataclasses.replace(RESULT, memory=(gone, *RESULT.memory[1:]))
+    assert (
+        main(["compare", _written(tmp_path, "a.json", RESULT), _written(tmp_path, "b.json", after)]) == code
+    )
+
+
+@pytest.mark.parametrize("trouble", ["none", "slow", "no room", "raises out of memory"])
+def test_what_a_sweep_itself_says_of_time_and_memory_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: str
+) -> None:
+    sweeper = Sweeper(monkeypatch)
+    peer = sweeper.add("a")
+    sweeper.add("small")
+    before = sweeper.run([10, 1000], 2000)
+    assert all(point.seconds for point in before.points)
+
+    def fail(case: Case) -> None:
+        raise MemoryError
+
+    if trouble == "slow":
+        peer.per_flop *= 100
+    elif trouble == "no room":
+        peer.extra_bytes = lambda case: 10**18  # type: ignore[method-assign]
+    elif trouble == "raises out of memory":
+        peer.act = fail
+    after = sweeper.run([10, 1000], 2000)
+    paths = _written(tmp_path, "a.json", before), _written(tmp_path, "b.json", after)
+    assert main(["compare", *paths]) == (trouble != "none")
+    lost = {str(p.reason) for p in after.points if not p.seconds}
+    assert bool(lost) == (trouble != "none")
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(f"gradient: {reason}" in out for reason in lost)
 
 
 def test_an_error_where_nothing_was_before_is_no_regression(tmp_path: Path) -> None:
@@ -188,6 +303,12 @@ def test_a_core_shared_in_one_of_them_is_one_line(tmp_path: Path, capsys: pytest
         (json.dumps({"kind": "sweep", "schema": 1}), "not a result"),
         (json.dumps({"schema": 1}), "not a result"),
         (RESULT.to_json(), "one kind"),
+        (_with(SWEEP, machine=[1]), "not a result of this program: AttributeError"),
+        (_with(RESULT, machine=[1]), "not a result of this program: AttributeError"),
+        (_with(SWEEP, machine={}), "not a result of this program: KeyError 'cpu'"),
+        (_with(RESULT, runs=[{"ours": ["fast"]}]), "not a result of this program: TypeError"),
+        (_with(RESULT, skipped=["ours"]), "not a result of this program: AttributeError"),
+        (_with(SWEEP, budget_seconds="long"), "not a result of this program: TypeError"),
     ],
 )
 @pytest.mark.parametrize("first", [True, False])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from bench.cases import TOY
 from bench.commands.options import OUT
 from bench.commands.single import TOY_NOTE, TOY_ROUNDS
 from bench.compare import load
+from bench.gate import GATE_CLASSES
 from bench.peers.base import terms
 from bench.result import Result
 from bench.sweep import Plan
@@ -20,6 +22,7 @@ from bench.sweep_result import Sweep
 from tests.test_bench import strange_peers
 
 STRANGE = strange_peers.__name__
+STRANGE_IMPORT = "tests.test_bench.strange_import"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -64,6 +67,10 @@ def _main(*argv: str) -> int:
         (["--autocast", "float32"], "autocast"),
         (["--json", "no/such/directory/x.json"], "no/such/directory"),
         (["--json", "."], "json: expected a file, got the directory ."),
+        (["--peers", ".x:y"], "'.x:y' cannot be imported"),
+        (["--peers", f"{STRANGE_IMPORT}:PEER"], "cannot be imported: not today"),
+        (["--peers", f"ours@{2**63}"], "workspace-bytes: expected at most 2**63 - 1"),
+        (["--workspace-bytes", "99999999999999999999"], "workspace-bytes: expected at most 2**63 - 1"),
         (["--peers", "os:getcwd"], "expected 'os:getcwd' to be a bench.peers.base.Peer"),
         (["--unknown"], "unknown"),
     ],
@@ -99,6 +106,9 @@ def test_without_a_gpu_cuda_is_one_line_and_exit_code_2(
         (["--classes", str(10**13)], "fit"),
         (["--rounds", "0"], "rounds"),
         (["--seconds", "nan"], "seconds"),
+        (["--seconds", "inf"], "seconds: expected a finite number, got inf"),
+        (["--peers", ".x:y"], "'.x:y' cannot be imported"),
+        (["--peers", f"ours@{2**63}"], "workspace-bytes"),
         (["--margin", "none"], "margin"),
         (["--quick"], "not allowed with"),
         (["--json", "no/such/directory/x.json"], "no/such/directory"),
@@ -202,6 +212,17 @@ def test_what_quick_cannot_be_combined_with_is_one_line(
     assert err.count("\n") == 1
 
 
+def test_a_folder_that_takes_no_file_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(dir: Path) -> None:  # as /proc does, where modes let root write
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(dir))
+
+    monkeypatch.setattr("bench.commands.options.tempfile.TemporaryFile", refused)
+    assert _main("sweep", "--toy", "--plots", str(tmp_path)) == 2
+    assert capsys.readouterr().err == f"bench: plots: {tmp_path} cannot be written to (No such file)\n"
+
+
 @pytest.mark.parametrize("argv", [[], ["sweep"]], ids=["single", "sweep"])
 def test_what_may_not_be_written_is_told_before_anything_is_measured(
     argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -253,6 +274,34 @@ def test_a_wrong_peer_is_not_measured_and_the_exit_code_is_1(
     assert set(result.runs[0]) == {"ours"}
     assert {entry.peer for entry in result.memory} == {"ours"}
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["RAISING_AT_FIRST", "RAISING_WHEN_TIMED"])
+def test_a_peer_that_fails_after_the_gate_costs_nobody_else_a_number(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing, path = f"{STRANGE}:{name}", tmp_path / "result.json"
+    argv = ["--classes", str(GATE_CLASSES + 1), "--rows", "4", "--rounds", "2", "--runs", "2"]
+    argv += ["--peers", "eager", failing, "ours", "--no-memory", "--json", str(path)]
+    assert _main("--toy", *argv) == 1
+    result = Result.from_json(path.read_text())
+    assert all(gate.passed for gate in result.gates)
+    assert result.failed == {failing: "RuntimeError: out of order at this size"}
+    assert [{peer: len(seconds) for peer, seconds in run.items()} for run in result.runs] == [
+        {"eager": 2, "ours": 2}
+    ] * 2
+    out = capsys.readouterr().out
+    assert "timing of tests.test_bench.strange_peers" in out
+    assert "FAILED: RuntimeError: out of order at this size" in out
+
+
+@pytest.mark.parametrize("name", ["RAISING_AT_FIRST", "RAISING_WHEN_TIMED"])
+def test_where_all_fail_after_the_gate_the_file_says_so(name: str, tmp_path: Path) -> None:
+    failing, path = f"{STRANGE}:{name}", tmp_path / "result.json"
+    argv = ["--classes", str(GATE_CLASSES + 1), "--rows", "4", "--no-memory", "--json", str(path)]
+    assert _main("--toy", *argv, "--peers", failing) == 1
+    result = Result.from_json(path.read_text())
+    assert (set(result.failed), result.runs) == ({failing}, ())
 
 
 def test_options_reach_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,15 @@ def test_one_outlier_does_not_move_the_median() -> None:
     assert Spread.of([1.0] * 8 + [1000.0]).median == 1.0
 
 
-def test_the_quietest_run_has_the_least_sum_of_medians_whatever_the_ratio() -> None:
+def test_a_slow_peer_does_not_choose_the_quietest_run_alone() -> None:
+    # Two of three are a third slower in the second run, where the slow one happens to be a little faster.
+    first = {"a": [0.3, 0.3], "b": [0.3, 0.3], "slow": [9.0, 9.0]}
+    second = {"a": [0.4, 0.4], "b": [0.4, 0.4], "slow": [8.5, 8.5]}
+    assert quietest_run([first, second]) == 0
+    assert quietest_run([second, first]) == 1
+
+
+def test_the_quietest_run_has_the_least_medians_whatever_the_ratio() -> None:
     noisy, quiet = {"a": [1.0, 1.0], "b": [9.0, 9.0]}, {"a": [2.0, 2.0], "b": [3.0, 3.0]}
     assert quietest_run([noisy, quiet]) == 1
     assert quietest_run([quiet, noisy]) == 0

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from bench import memory
-from bench.cases import TOY, Case
+from bench import machine, memory
+from bench.cases import LARGEST_WITH_LOGITS, MEMORY, TOY, Case
 from tests.test_bench import strange_peers
 
 STRANGE = strange_peers.__name__
@@ -42,10 +42,48 @@ def test_a_process_that_fails_is_an_error_with_its_last_line() -> None:
     assert found.error == "RuntimeError: out of order"
 
 
+def test_whatever_a_peer_raises_here_is_an_error_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def extra_bytes(meter: memory.Meter, name: str, case: Case) -> int:
+        if name == "eager":
+            raise RuntimeError("out of\norder")
+        return 7
+
+    monkeypatch.setattr(memory, "unavailable", lambda device: None)
+    monkeypatch.setattr(memory.Meter, "extra_bytes", extra_bytes)
+    eager, ours = memory.measure_all(["eager", "ours"], TOY)
+    assert (eager.extra_bytes, eager.error) == (None, "RuntimeError: out of order")
+    assert (ours.extra_bytes, ours.error) == (7, None)
+
+
 def test_a_peer_that_cannot_is_not_tried() -> None:
     (found,) = memory.measure_all([f"{STRANGE}:UNABLE"], TOY)
     assert (found.extra_bytes, found.error) == (None, None)
     assert found.why_not
+
+
+@pytest.mark.parametrize(("classes", "beyond"), [(LARGEST_WITH_LOGITS, False), (4_000_000, True)])
+def test_only_what_holds_the_logits_of_all_classes_ends_at_a_million(
+    classes: int, beyond: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "unavailable", lambda device: None)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: None)
+    monkeypatch.setattr(memory.Meter, "extra_bytes", lambda meter, name, case: 7)
+    case = dataclasses.replace(MEMORY, classes=classes)
+    names = [
+        "ours",
+        "ours@0",
+        "ours_sampled",
+        "partial_fc",
+        "eager",
+        f"{STRANGE}:WASTEFUL",
+        f"{STRANGE}:SPARING",
+    ]
+    found = {entry.peer: entry for entry in memory.measure_all(names, case)}
+    left_out = {name for name, entry in found.items() if entry.extra_bytes is None}
+    assert left_out == ({"eager", f"{STRANGE}:WASTEFUL"} if beyond else set())
+    assert all("the logits of all classes" in str(found[name].why_not) for name in left_out)
 
 
 def test_another_system_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -103,6 +105,11 @@ def test_the_command_draws_an_old_sweep(tmp_path: Path, capsys: pytest.CaptureFi
     assert "frontier.png" in capsys.readouterr().out
 
 
+def _refused(dir: Path) -> None:
+    """As /proc does, where modes let root write."""
+    raise FileNotFoundError(errno.ENOENT, "No such file", str(dir))
+
+
 def test_what_cannot_be_drawn_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +120,9 @@ def test_what_cannot_be_drawn_is_one_line(
     path.write_text(SWEEP.to_json())
     assert main(["plots", str(path), str(tmp_path / "none")]) == 2
     assert "there is no directory" in capsys.readouterr().err
+    monkeypatch.setattr(tempfile, "TemporaryFile", _refused)
+    assert main(["plots", str(path), str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"bench: folder: {tmp_path} cannot be written to (No such file)\n"
     monkeypatch.setattr(plots, "unavailable", lambda: "matplotlib is not installed")
     assert main(["plots", str(path), str(tmp_path)]) == 2
     assert capsys.readouterr().err == "bench: matplotlib is not installed\n"

@@ -74,6 +74,7 @@ def test_a_wrong_peer_or_a_failed_measurement_is_not_ok() -> None:
     assert not dataclasses.replace(RESULT, gates=(wrong,)).ok
     failed = dataclasses.replace(RESULT.memory[0], error="killed")
     assert not dataclasses.replace(RESULT, memory=(failed,)).ok
+    assert not dataclasses.replace(RESULT, failed={"compiled": "RuntimeError: out of order"}).ok
 
 
 def _printed(result: Result) -> str:
@@ -86,6 +87,14 @@ def test_the_report_shows_errors_times_ratios_memory_and_reasons() -> None:
     text = _printed(RESULT)
     for part in ("2.0e-07", "4.50 3.00", "one core shared", "no compiler", "2.5", "it does not fit"):
         assert part in text, part
+
+
+def test_a_label_that_names_the_shape_s_chunks_does_not_end_the_report() -> None:
+    renamed = dataclasses.replace(RESULT.memory[2], label="ours, other chunks")
+    text = _printed(dataclasses.replace(RESULT, memory=(RESULT.memory[0], renamed)))
+    (line,) = (line for line in text.splitlines() if "ours, other chunks" in line)
+    assert "2.5" in line
+    assert "3.5" in line
 
 
 @pytest.mark.parametrize(("load", "warned"), [(None, False), (0.1, False), (2.5, True)])
