@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bench import allocator, machine, memory, peers
 from bench.cases import Case, Inputs
-from bench.gate import check_all, gate_case, in_terms_of, tiled_case
+from bench.gate import check_all, gate_case, in_terms_of, odd_ones_out, tiled_case
 from bench.measure import WARM_UPS, run_step, time_run
 from bench.peers.base import Step, terms
 from bench.result import Memory, Result, in_a_line
@@ -94,18 +94,24 @@ def _time(
 def _warmed_up(
     names: list[str], inputs: Inputs, failed: Callable[[str, Exception], None], advance: Callable[[], None]
 ) -> dict[str, Step]:
-    """Steps that have run WARM_UPS times; a peer that raises is handed to `failed`."""
+    """Steps that have run WARM_UPS times; a peer that raises, or has another loss, is handed to `failed`."""
     steps: dict[str, Step] = {}
+    losses: dict[str, tuple[Case, float]] = {}
     for name in names:
+        own = in_terms_of(name, inputs)
         try:
-            step = peers.get(name).step(in_terms_of(name, inputs))
+            step = peers.get(name).step(own)
             for _ in range(WARM_UPS):
-                run_step(step, inputs)
+                losses[name] = own.case, run_step(step, inputs)
                 advance()
         except Exception as error:  # a peer may raise anything; the others go on
             failed(name, error)
+            losses.pop(name, None)
         else:
             steps[name] = step
+    for name, text in odd_ones_out(losses).items():
+        failed(name, ArithmeticError(text))
+        del steps[name]
     return steps
 
 

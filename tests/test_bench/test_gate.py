@@ -143,7 +143,7 @@ def test_a_case_of_few_classes_has_no_gate_of_several_tiles() -> None:
         ({"ours": 5.0}, set()),
         ({"ours": math.inf}, {"ours"}),
     ],
-    ids=str,
+    ids=["near", "one", "nan", "two", "alone", "infinite"],
 )
 def test_losses_of_the_timed_size_have_to_agree(losses: dict[str, float], odd: set[str]) -> None:
     case = Case(rows=4, classes=100, features=8)
