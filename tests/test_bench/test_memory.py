@@ -63,14 +63,15 @@ def test_a_peer_that_cannot_is_not_tried() -> None:
     assert found.why_not
 
 
+@pytest.mark.parametrize("rows", [8, MEMORY.rows])
 @pytest.mark.parametrize(("classes", "beyond"), [(LARGEST_WITH_LOGITS, False), (4_000_000, True)])
 def test_only_what_holds_the_logits_of_all_classes_ends_at_a_million(
-    classes: int, beyond: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, classes: int, beyond: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "unavailable", lambda device: None)
     monkeypatch.setattr(machine, "available_bytes", lambda device: None)
     monkeypatch.setattr(memory.Meter, "extra_bytes", lambda meter, name, case: 7)
-    case = dataclasses.replace(MEMORY, classes=classes)
+    case = dataclasses.replace(MEMORY, rows=rows, classes=classes)
     names = [
         "ours",
         "ours@0",
