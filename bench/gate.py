@@ -12,7 +12,7 @@ from bench import peers
 from bench.cases import Case, Inputs
 from bench.peers.base import Peer, Step, terms
 from bench.peers.ours import Ours
-from bench.result import Gate
+from bench.result import Gate, in_a_line
 from expface_kernels import reference
 from tests.tolerances import CAPS, ROUNDED_COSINES, relative_error
 
@@ -22,7 +22,6 @@ GATE_ROWS, GATE_CLASSES = 64, 2000
 TILED_CLASSES, TILED_FEATURES = 80_000, 64
 # Of a head that samples the classes: its sample has to have several tiles as well.
 TILED_SAMPLE_RATE = 0.9
-REASON_LENGTH = 300  # characters
 ROUNDED = "ok, for cosines of 16 bits"
 
 
@@ -131,8 +130,7 @@ def check(
     try:
         loss = (step_of or peer.step)(inputs)()
     except Exception as error:  # a peer that raises has failed, whatever it raised
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:REASON_LENGTH]
-        return dataclasses.replace(gate, reason=reason)
+        return dataclasses.replace(gate, reason=in_a_line(error))
     got: tuple[Tensor | None, ...] = (loss, inputs.x.grad, inputs.w.grad)
     if not case.backward:
         got, wanted = got[:1], wanted[:1]

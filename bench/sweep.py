@@ -20,9 +20,9 @@ from bench.gate import check_all, gate_case, odd_ones_out, tiled_case
 from bench.measure import Step, run_step, time_run
 from bench.peers.base import memory_reason, terms
 from bench.peers.ours import Ours
-from bench.result import Gate
+from bench.result import Gate, in_a_line
 from bench.show import Progress
-from bench.sweep_result import Axis, Point, Sweep
+from bench.sweep_result import NO_TIME, NOT_RIGHT, OUT_OF_MEMORY, Axis, Point, Sweep
 from expface_kernels.backends import workspace
 
 # Of a shape's time: for the forward's rounds, both directions' rounds, and memory.
@@ -33,7 +33,6 @@ SHORT = 1 / 40
 EVEN = 2 / 3
 # Resident memory is measured this often where time is left: one sample may be some MB off.
 MEMORY_ROUNDS = 3
-NO_TIME = "no time was left"
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class Run:
             own = terms(peer, case)
             point = Point(name, peer.label(own), own, reason=peer.cannot(own))
             if point.reason is None and name not in right:
-                point = dataclasses.replace(point, reason="it did not pass the gate")
+                point = dataclasses.replace(point, reason=NOT_RIGHT)
             if point.reason is None:
                 needed = peer.needed_bytes(own)
                 beside = needed + held_by_others(name, stop.peers, case)
@@ -351,9 +350,9 @@ def _noted(point: Point, reason: str) -> Point:
 
 def _failed(point: Point, error: Exception) -> Point:
     """Out of memory is a reason, anything else an error."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    text = in_a_line(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         if point.case.device == "cuda":
             torch.cuda.empty_cache()
-        return dataclasses.replace(point, reason="it ran out of memory")
+        return dataclasses.replace(point, reason=OUT_OF_MEMORY)
     return dataclasses.replace(point, error=text)

@@ -91,6 +91,14 @@ class RaisingLater(Named):
         return step
 
 
+class WrongLater(Named):
+    """Another loss at shapes larger than the gate's."""
+
+    def step(self, inputs: Inputs) -> Step:
+        inner = super().step(inputs)
+        return lambda: inner() * (1.001 if inputs.case.classes > GATE_CLASSES else 1.0)
+
+
 class Unable(Named):
     def why_not(self, case: Case) -> str | None:
         return "it is Sunday"
@@ -104,4 +112,5 @@ RAISING = Raising("RAISING")
 RAISING_AT_FIRST = RaisingLater("RAISING_AT_FIRST", 1)
 RAISING_WHEN_TIMED = RaisingLater("RAISING_WHEN_TIMED", WARM_UPS + 3)
 """In the second of two runs of two rounds, or the third round of the first."""
+WRONG_LATER = WrongLater("WRONG_LATER")
 UNABLE = Unable("UNABLE")

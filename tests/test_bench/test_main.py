@@ -304,6 +304,17 @@ def test_where_all_fail_after_the_gate_the_file_says_so(name: str, tmp_path: Pat
     assert (set(result.failed), result.runs) == ({failing}, ())
 
 
+def test_a_peer_with_another_loss_at_the_timed_size_is_not_timed(tmp_path: Path) -> None:
+    wrong, path = f"{STRANGE}:WRONG_LATER", tmp_path / "result.json"
+    argv = ["--classes", str(GATE_CLASSES + 1), "--rows", "4", "--no-memory", "--json", str(path)]
+    assert _main("--toy", *argv, "--peers", "ours", wrong, "eager") == 1
+    result = Result.from_json(path.read_text())
+    assert all(gate.passed for gate in result.gates)
+    assert "its loss at this size is" in result.failed.pop(wrong)
+    assert not result.failed
+    assert set(result.runs[0]) == {"ours", "eager"}
+
+
 def test_options_reach_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[None] = []  # not for real: it would hold for all tests of this process
     monkeypatch.setattr(allocator, "keep_freed", lambda: told.append(None))
