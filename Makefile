@@ -82,7 +82,7 @@ bench-quick: $(VENV)/.installed  ## the sweep at toy size, as CI runs it: do pee
 	$(PY) -m bench sweep --toy --json $(OUT)/bench-quick.json --plots $(OUT)/bench-quick
 
 RESULTS := bench/results
-bench-sweep: $(VENV)/.installed  ## seconds and memory against C, B, D and workspace, with pictures (30 minutes)
+bench-sweep: $(VENV)/.installed  ## seconds and memory against C, B, D and workspace, with pictures (35 minutes)
 	$(PY) -m bench sweep --json $(RESULTS)/cpu-sweep.json --plots $(RESULTS)/cpu-sweep
 
 # `make bench-gpu PY=python3` takes the Python that is there: no network, no rich, no matplotlib are needed.

@@ -92,7 +92,7 @@ FULL = Preset(
     ),
     CPU_PEERS,
     rounds=7,
-    seconds=1800,
+    seconds=2100,
 )
 QUICK = Preset(
     Grid(
