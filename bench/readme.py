@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bench import model, peers
-from bench.cases import Case
 from bench.compare import load
+from bench.markdown import (
+    NOTHING,
+    bytes_of,
+    link,
+    machine_of,
+    markdown_table,
+    megabytes_of,
+    paragraph,
+    seconds_of,
+    shape_of,
+    typed,
+)
 from bench.peers import BASELINE, SAMPLED_BASELINE, baseline
 from bench.peers.base import NO_MARGIN
 from bench.result import Memory, Result
@@ -33,8 +42,6 @@ PLOTS = "cpu-sweep"
 _BLOCK = re.compile(
     r"(?P<start><!-- bench: (?P<name>[\w-]+) -->)(?P<text>.*?)(?P<end><!-- /bench -->)", re.DOTALL
 )
-NOTHING = "–"
-WIDTH = 112
 MADE_BY = {
     f"python -m bench sweep --json bench/results/{SWEEP} --plots bench/results/{PLOTS}": "make bench-sweep"
 }
@@ -69,23 +76,6 @@ def _file(results: Path, name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _prose(text: str, indent: str = "") -> str:
-    """Broken into lines; a link or a command stays whole."""
-    return textwrap.fill(
-        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first column to the left."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _link(name: str) -> str:
-    return f"[bench/results/{name}](bench/results/{name})"
-
-
 def _single(results: Path, name: str) -> Result | None:
     path = _file(results, name)
     if path is None:
@@ -101,32 +91,6 @@ def _sweep(path: Path) -> Sweep:
     if not isinstance(found, Sweep):
         raise ValueError(f"{path}: expected a sweep, got a single case")
     return found
-
-
-def _machine(machine: dict[str, Any]) -> str:
-    load_ = machine["load_average"]
-    busy = "" if load_ is None else f"; load {load_:g} before the run"
-    return (
-        f"{machine['cores']} cores of an {machine['cpu']} ({machine['instruction_set']} kernels), "
-        f"torch {machine['torch'].partition('+')[0]}{busy}"
-    )
-
-
-def _shape(case: Case) -> str:
-    return f"B = {case.rows:,}, C = {case.classes:,}, D = {case.features:,}"
-
-
-def _seconds(value: float) -> str:
-    """Two digits, three from 1 on."""
-    return f"{value:.3g}" if value >= 1 else f"{value:.2g}"
-
-
-def _megabytes(value: float) -> str:
-    return f"{value / 1e6:,.0f}"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 1e9:.2g} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
 def times_ours(result: Result) -> dict[str, float]:
@@ -160,19 +124,21 @@ def speed(results: Path) -> str:
         rows.append(
             [
                 OURS.get(peer, labels[peer]) + (f" ({case.target_gradient})" if peer in OURS else ""),
-                _seconds(result.seconds(peer, best).median) if timed else "not timed",
+                seconds_of(result.seconds(peer, best).median) if timed else "not timed",
                 ", ".join(NOTHING if r is None else f"{r:.2f}" for r in ratios) or NOTHING,
-                _held(memory.get(peer), _bytes),
+                _held(memory.get(peer), bytes_of),
             ]
         )
     runs = ", ".join(str(run + 1) for run in range(len(result.runs)))
-    table = _table(["head", f"seconds, run {best + 1}", f"times eager, runs {runs}", "extra memory"], rows)
-    prose = _prose(
-        f"`{_without_json(result.command)}`: forward and both gradients, {_shape(case)}, {case.dtype}, "
-        f"{case.margin}, {case.target_gradient} gradient; {_machine(result.machine)}. "
+    table = markdown_table(
+        ["head", f"seconds, run {best + 1}", f"times eager, runs {runs}", "extra memory"], rows
+    )
+    prose = paragraph(
+        f"`{typed(result.command)}`: forward and both gradients, {shape_of(case)}, {case.dtype}, "
+        f"{case.margin}, {case.target_gradient} gradient; {machine_of(result.machine)}. "
         f"Heads take turns within a process; medians of {result.rounds} rounds, in the quietest of "
         f"{len(result.runs)} runs. Every head's loss and gradients are held against float64 before it is "
-        f"timed. All numbers: {_link(MAIN)}."
+        f"timed. All numbers: {link(MAIN)}."
     )
     note = (
         f"\n\nHeads that sample the classes are compared with `{SAMPLED_BASELINE}`, which does the same work."
@@ -180,11 +146,6 @@ def speed(results: Path) -> str:
         else ""
     )
     return f"{prose}\n\n{table}{note}"
-
-
-def _without_json(command: str) -> str:
-    """The command as a user types it, whose files go to `out/` and not over ours."""
-    return re.sub(r" --(json|plots) \S+", "", command)
 
 
 def kept(results: Path) -> str:
@@ -198,9 +159,9 @@ def kept(results: Path) -> str:
     for peer in result.runs[best]:
         ratio = f" ({times[peer]:.2f} times ours)" if peer in times else ""
         parts.append(f"{labels[peer]} {result.seconds(peer, best).median:.2g} s{ratio}")
-    return _prose(
+    return paragraph(
         "Much of the peers' time goes into pages that malloc gives back after a step and asks for anew in "
-        f"the next. Told to keep them (`{_without_json(result.command)}`, {_link(KEPT)}), this package is "
+        f"the next. Told to keep them (`{typed(result.command)}`, {link(KEPT)}), this package is "
         f"{_lead_left(times, labels, _single(results, MAIN))}; all of them: {'; '.join(parts)}."
     )
 
@@ -239,9 +200,9 @@ def shared(results: Path) -> str:
             label = next(gate.label for gate in result.gates if gate.peer == peer)
             numbers = " and ".join(NOTHING if ratio is None else f"{ratio:.2f}" for ratio in found)
             parts.append(f"{OURS.get(peer, label)} {numbers}")
-    return _prose(
-        f"While another process spins on one of the cores (`{_without_json(result.command)}`, "
-        f"{_link(SHARED)}), times the speed of the eager head: {'; '.join(parts)}."
+    return paragraph(
+        f"While another process spins on one of the cores (`{typed(result.command)}`, "
+        f"{link(SHARED)}), times the speed of the eager head: {'; '.join(parts)}."
     )
 
 
@@ -260,15 +221,15 @@ def memory(results: Path) -> str:
         label = OURS.get(peer, next(entry.label for entry in entries if entry.peer == peer))
         rows.append([label, *(_held(found.get((peer, case))) for case in cases)])
     first = cases[0]
-    prose = _prose(
-        f"`{_without_json(result.command)}` measures memory too, each number in a process of its own: peak "
+    prose = paragraph(
+        f"`{typed(result.command)}` measures memory too, each number in a process of its own: peak "
         f"extra memory of a step beside inputs and the two gradients, B = {first.rows:,}, "
-        f"D = {first.features:,}, in MB ({_link(MAIN)}):"
+        f"D = {first.features:,}, in MB ({link(MAIN)}):"
     )
-    return f"{prose}\n\n" + _table(["head", *(f"C = {case.classes:,}" for case in cases)], rows)
+    return f"{prose}\n\n" + markdown_table(["head", *(f"C = {case.classes:,}" for case in cases)], rows)
 
 
-def _held(entry: Memory | None, number: Callable[[float], str] = _megabytes) -> str:
+def _held(entry: Memory | None, number: Callable[[float], str] = megabytes_of) -> str:
     """The number; where there is none what it needs, if that was the reason."""
     if entry is not None and entry.extra_bytes is not None:
         return number(entry.extra_bytes)
@@ -288,10 +249,10 @@ def sweep(results: Path) -> str:
         for name, text in (("seconds", "seconds against classes"), ("memory", "extra memory against classes"))
     )
     slope = slopes(found, axis, FLAT_PEER, backward=True)
-    prose = _prose(
-        f"`{MADE_BY.get(found.command) or _without_json(found.command)}` "
-        f"({found.took_seconds / 60:.0f} minutes, {_link(SWEEP)}); "
-        f"{_machine(found.machine)}:"
+    prose = paragraph(
+        f"`{MADE_BY.get(found.command) or typed(found.command)}` "
+        f"({found.took_seconds / 60:.0f} minutes, {link(SWEEP)}); "
+        f"{machine_of(found.machine)}:"
     )
     return f"{prose}\n\n{pictures}\n\n{_growth(slope)}".rstrip()
 
@@ -299,7 +260,7 @@ def sweep(results: Path) -> str:
 def _growth(slope: Slopes | None) -> str:
     if slope is None or slope.memory_exponent is None or slope.bytes_a_class is None:
         return ""
-    return _prose(
+    return paragraph(
         f"From C = {slope.first:,} to {slope.last:,} with `workspace_bytes=0`, the time of a step grows as "
         f"C^{slope.seconds_exponent:.2f} and its extra memory as C^{rounded(slope.memory_exponent, 2)}, by "
         f"{rounded(slope.bytes_a_class, 1)} bytes a class."
@@ -321,12 +282,12 @@ def gpu(results: Path) -> str:
             for peer, label in labels.items()
         ]
         columns = ["head", *(f"{dtype}, B = {b:,}, C = {c:,}" for dtype, b, c, _ in shapes)]
-        prose = _prose(
-            f"On one {found.machine['gpu']['card']} (`{_without_json(found.command)}`, {_link(path.name)}), "
+        prose = paragraph(
+            f"On one {found.machine['gpu']['card']} (`{typed(found.command)}`, {link(path.name)}), "
             f"D = {shapes[0][3]:,}, bfloat16 autocast, ms of a step (times as fast as the eager "
             "head), by the dtype of embeddings and centres:"
         )
-        parts.append(f"{prose}\n\n{_table(columns, rows)}")
+        parts.append(f"{prose}\n\n{markdown_table(columns, rows)}")
     return "\n\n".join(parts)
 
 
@@ -348,10 +309,11 @@ def counted(results: Path) -> str:
         raise ValueError(f"{path}: expected a model of schema {model.SCHEMA}")
     ours, eager = data["ours"], data["eager"]
     dtype = data["case"]["dtype"]
-    return _prose(
-        f"`{_without_json(data['command'])}` counts what a step would cost: a roofline of "
-        f"{ours['milliseconds']:.1f} ms and {_bytes(ours['extra_bytes'])} beside the weight gradient, where "
-        f"an eager {dtype} head has {eager['milliseconds']:.0f} ms and {_bytes(eager['extra_bytes'])}.",
+    return paragraph(
+        f"`{typed(data['command'])}` counts what a step would cost: a roofline of "
+        f"{ours['milliseconds']:.1f} ms and {bytes_of(ours['extra_bytes'])} beside the weight gradient, "
+        f"where an eager {dtype} head has {eager['milliseconds']:.0f} ms and "
+        f"{bytes_of(eager['extra_bytes'])}.",
         indent="  ",
     )
 
@@ -364,10 +326,10 @@ def sampled(results: Path) -> str:
     data = json.loads(path.read_text())
     sizes = data["sizes"]
     held = " and ".join(
-        f"{_bytes(value)} at C = {int(classes):,}" for classes, value in data["draw_bytes"].items()
+        f"{bytes_of(value)} at C = {int(classes):,}" for classes, value in data["draw_bytes"].items()
     )
-    return _prose(
-        f"`python -m bench.partial_fc` ({_link(SAMPLED)}): drawing {sizes['draw_rate']:.0%} of "
+    return paragraph(
+        f"`python -m bench.partial_fc` ({link(SAMPLED)}): drawing {sizes['draw_rate']:.0%} of "
         f"{sizes['draw_classes']:,} classes takes {data['draw']['ratio']:.3f} of the time of `torch.rand(C)` "
         f"and `topk`, and {held}; a step at `sample_rate={sizes['step_rate']:g}` with `sparse_grad` takes "
         f"{data['step']['ratio']:.2f} of one over all classes at B = {sizes['rows']}, "
@@ -383,13 +345,13 @@ def demo(results: Path) -> str:
         return ""
     data = json.loads(path.read_text())
     reached = data["losses"]["expface"]
-    return _prose(
+    return paragraph(
         f"`make demo` on {data['cores']} cores of an {data['cpu']}: {data['characters']:,} kanji, "
         f"{data['fonts']} fonts, "
         f"{data['epochs']} epochs in {reached['seconds']:.0f} s; on {data['test_characters']} other kanji in "
         f"{data['test_fonts']} other fonts TAR@FAR 1e-3 is {reached['tar']['0.001']:.3f} and rank-1 "
         f"{reached['rank1']:.3f} (seed {data['seed']}). The whole demo took {data['seconds'] / 60:.1f} "
-        f"minutes ({_link(DEMO)})."
+        f"minutes ({link(DEMO)})."
     )
 
 
