@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def run(plan: Plan, progress: Progress) -> Result:
         spin=plan.spin,
         keep_memory=plan.keep_memory,
         rounds=plan.rounds,
-        gates=gates,
+        gates=tuple(dataclasses.replace(gate, label=_label(gate.peer, plan.case)) for gate in gates),
         skipped={name: reason for name, reason in reasons.items() if reason is not None},
         runs=runs,
         memory=_memory(plan, {gate.peer for gate in gates if not gate.passed}, progress),
@@ -61,6 +62,12 @@ def run(plan: Plan, progress: Progress) -> Result:
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         failed=failed,
     )
+
+
+def _label(name: str, case: Case) -> str:
+    """At the size that is timed: the gate's may have another chunk."""
+    peer = peers.get(name)
+    return peer.label(terms(peer, case))
 
 
 def _why_not(name: str, case: Case) -> str | None:

@@ -14,7 +14,7 @@ from bench.cases import TOY
 from bench.commands.options import OUT
 from bench.commands.single import TOY_NOTE, TOY_ROUNDS
 from bench.compare import load
-from bench.gate import GATE_CLASSES
+from bench.gate import GATE_CLASSES, GATE_ROWS
 from bench.peers.base import terms
 from bench.result import Result
 from bench.sweep import Plan
@@ -313,6 +313,14 @@ def test_a_peer_with_another_loss_at_the_timed_size_is_not_timed(tmp_path: Path)
     assert "its loss at this size is" in result.failed.pop(wrong)
     assert not result.failed
     assert set(result.runs[0]) == {"ours", "eager"}
+
+
+def test_a_peers_chunk_is_that_of_the_timed_size(tmp_path: Path) -> None:
+    rows, path = GATE_ROWS + 36, tmp_path / "result.json"
+    argv = ["--rows", str(rows), "--rounds", "1", "--no-memory", "--json", str(path)]
+    assert _main("--toy", *argv, "--peers", "torch_linear_chunked") == 0
+    (gate,) = Result.from_json(path.read_text()).gates
+    assert f"chunks of {rows} rows" in gate.label
 
 
 def test_options_reach_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
