@@ -2,8 +2,9 @@
 
     python -m expface_kernels.backends.triton.audit [--json] [--all] [--arch …] [--features …] [--case …]
 
-Registers, shared memory, tensor-core instructions, and spills by where they stand: the compiler unrolls the
-loops, so a spill is harmful between the first and the last matrix instruction, and costs little outside.
+Registers, shared memory, tensor-core instructions, and spills by where they stand: a spill is harmful in a
+loop with matrix instructions, and between the first and the last of them where the compiler has unrolled it;
+it costs little outside.
 Exit status 1 where a kernel spills there, exceeds its architecture's shared memory, or should use tensor
 cores and does not.
 """
@@ -58,9 +59,11 @@ _TYPES = {
 }  # fmt: skip
 _MATRIX = re.compile(r"HGMMA|HMMA|UTC\w*MMA|v_mfma")
 _LOCAL = re.compile(r"LDL|STL|scratch_(load|store)")
-# Not \s: it would run over line ends, and again and again.
-_SASS = re.compile(r"^[ \t]+(?:/\*\w+\*/[ \t]+)?(?:@!?U?P\w+[ \t]+)?([A-Z][\w.]+)", re.MULTILINE)
-_GCN = re.compile(r"^[ \t]+([a-z]\w+)", re.MULTILINE)
+_SASS = re.compile(r"[ \t]+(?:/\*\w+\*/[ \t]+)?(?:@!?U?P\w+[ \t]+)?([A-Z][\w.]+)(.*)")
+_GCN = re.compile(r"[ \t]+([a-z]\w+)(.*)")
+_LABEL = re.compile(r"(\.[\w$]+):")
+_BRANCH = re.compile(r"BRA|s_c?branch")
+_TARGET = re.compile(r"\.L[\w$]+")
 _SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
@@ -77,7 +80,7 @@ class Finding:
     """bytes"""
     spills_before: int
     spills_inside: int
-    """Between the first and the last matrix instruction."""
+    """In a loop with matrix instructions, or between the first and the last of them."""
     spills_after: int
     matrix: str
     """The matrix instruction; empty where there is none."""
@@ -135,22 +138,40 @@ def inspect(result: Any, arch: str) -> dict[str, Any]:
     if arch.startswith("gfx"):
         text = result.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
-        operations = _GCN.findall(text)
+        operations, loops = _operations(text, _GCN)
     else:
         text, registers = _disassembled(result.asm["cubin"], result.metadata.name in MATRIX_KERNELS)
-        operations = _SASS.findall(text)
+        operations, loops = _operations(text, _SASS)
     matrix = [i for i, name in enumerate(operations) if _MATRIX.match(name)]
     local = [i for i, name in enumerate(operations) if _LOCAL.match(name)]
     first, last = (matrix[0], matrix[-1]) if matrix else (len(operations), len(operations))
+    main = [(start, stop) for start, stop in loops if any(start <= i <= stop for i in matrix)]
+    inside = {i for start, stop in [*main, (first, last)] for i in local if start <= i <= stop}
     return {
         "registers": registers,
         "shared": result.metadata.shared,
-        "spills_before": sum(i < first for i in local),
-        "spills_inside": sum(first < i < last for i in local),
-        "spills_after": sum(i > last for i in local),
+        "spills_before": sum(i < first for i in local if i not in inside),
+        "spills_inside": len(inside),
+        "spills_after": sum(i > last for i in local if i not in inside),
         "matrix": operations[matrix[0]] if matrix else "",
         "matrix_count": len(matrix),
     }
+
+
+def _operations(text: str, pattern: re.Pattern[str]) -> tuple[list[str], list[tuple[int, int]]]:
+    """Names of the operations in order, and (first, last) of each loop: where a branch goes back to."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(names)
+        elif found := pattern.match(line):
+            target = _TARGET.search(found[2]) if _BRANCH.match(found[1]) else None
+            if target is not None and target[0] in labels:
+                loops.append((labels[target[0]], len(names)))
+            names.append(found[1])
+    return names, loops
 
 
 def _disassembled(cubin: bytes, always: bool) -> tuple[str, int]:

@@ -230,14 +230,16 @@ def probability_tile(
 
     b_acc, _ = _products(p_x_rows, p_w_rows, b_shift, stride_wd, D, BM, BN, BK, PRECISION, SHIFTED, False)
 
-    b_inv = tl.abs(tl.load(p_inv + i_safe))
+    b_inv = tl.where(m_class, tl.abs(tl.load(p_inv + i_safe)), 0.0)
     b_z = b_acc * tl.load(p_row_scale + i_rows)[:, None] * b_inv[None, :]
     b_log2_l = tl.load(p_log2_l + i_rows)
     m_in = (b_log2_l != float("inf"))[:, None] & (i_classes[None, :] != tl.load(p_y + i_rows)[:, None])
-    b_p = tl.exp2(b_z - b_log2_l[:, None])
+    # Masked before the difference: product and difference in one operation would round otherwise than the
+    # forward's product, and a row's p would not sum to 1.
+    b_p = tl.exp2(tl.where(m_in & m_class[None, :], b_z, -float("inf")) - b_log2_l[:, None])
     if OVER_NORM:
         b_p *= b_inv[None, :]
-    b_p = rounded(tl.where(m_in & m_class[None, :], b_p, 0.0), p_p.dtype.element_ty)
+    b_p = rounded(b_p, p_p.dtype.element_ty)
     tl.store(p_p + i_local.to(tl.int64)[None, :] * B_pad + i_rows[:, None], b_p)
     # From P' as rounded: dW projects out what it has really summed. A dead row's cosine may be NaN.
     b_share = b_p.to(tl.float32) * (b_z * inv_scale) * tl.load(p_g + i_rows)[:, None]
