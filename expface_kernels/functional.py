@@ -79,7 +79,7 @@ def margin_cross_entropy(
         class_subset: (S,) int64, sorted, none twice: the classes that take part, all counted labels in it.
             On a GPU, unless EXPFACE_CHECK_LABELS=1, one that is not so makes every counted loss NaN.
         workspace_bytes: how much of the exponentials the forward may keep for the backward, bytes. The triton
-            backend keeps none for s > 70.
+            backend keeps none for s > 70 or s < 1.
         backend: "auto", or a name of `expface_kernels.backends.available()`.
         return_stats: also return BatchStats; a little extra work in the forward.
 

@@ -74,18 +74,34 @@ def touched(monkeypatch: pytest.MonkeyPatch) -> Touched:
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("workspace_bytes", [0, 2**30])
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"x_dtype": F32, "w_dtype": F32},
+        {"x_dtype": BF16, "w_dtype": BF16},
+        {"x_dtype": F16, "w_dtype": F16},
+        {"x_dtype": BF16, "w_dtype": F32, "product_dtype": BF16},
+        {"x_dtype": F16, "w_dtype": F32, "product_dtype": F16},
+        {"subset": True},
+        {"find_hardest": True},
+        {"scale": 128.0},
+        {"scale": 128.0, "find_hardest": True, "subset": True},
+    ],
+    ids=str,
+)
 def test_bytes_of_a_step_are_those_that_its_kernels_touch(
-    dtype: torch.dtype, workspace_bytes: int, touched: Touched
+    options: dict[str, Any], workspace_bytes: int, touched: Touched
 ) -> None:
-    case = Case(20, 130, 24, dtype, dtype, workspace_bytes=workspace_bytes)
+    case = Case(20, 130, 24, **options, workspace_bytes=workspace_bytes)
     expected = {step.name: step for step in costs.costs(case, "interpreter").steps}
     x, w, y = batch("random", 20, 130, 24)
-    x, w, y = x.to(dtype), w.to(dtype), torch.arange(20)  # no label twice: as many tangents as rows
+    # No label twice: as many tangents as rows.
+    x, w, y = x.to(case.x_dtype), w.to(case.w_dtype), torch.arange(20)
+    subset = torch.arange(130) if case.subset else None
     request = case.request
-    out = TritonBackend().forward(x, w, y, None, request)
+    out = TritonBackend().forward(x, w, y, subset, request)
     g = torch.ones(20, dtype=torch.float64)
-    TritonBackend().backward(x, w, y, None, out.log_l, out.workspace, g, g, request, True, True)
+    TritonBackend().backward(x, w, y, subset, out.log_l, out.workspace, g, g, request, True, True)
     others = {name for name in expected if name == costs.OPERATORS or name.startswith("library")}
     assert set(touched.read) == expected.keys() - others
     for name, count in touched.written.items():
@@ -210,7 +226,8 @@ def test_a_scale_that_keeps_nothing_holds_no_room_for_it(scale: float) -> None:
     assert (held > 2**28 - 2**20) == (plan.SMALLEST_KEPT_SCALE <= scale <= plan.LARGEST_PLAIN_SCALE)
 
 
-def test_the_roofline_of_a_large_step() -> None:
+def test_the_roofline_of_a_large_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "table", dict)  # by the rules, whatever has been measured
     result = costs.costs(LARGE, "sm_90")
     assert 5.3 < result.milliseconds(costs.GPUS["h100"]) < 6.5
     assert "library product, dX" in costs.report(result, "h100")

@@ -64,7 +64,10 @@ class TritonBackend:
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
     ) -> Forward:
-        """Eqs. 2 to 4. Peak extra memory: the workspace + 4 bytes · B · classes / 128 at most + O(B·D)."""
+        """Eqs. 2 to 4. Peak extra memory: the workspace + 4 bytes · B · classes / 128 at most + O(B·D).
+
+        For s > 70 twice those sums, with the hardest negative three times.
+        """
         from expface_kernels.backends.triton.forward import ForwardCall
 
         return ForwardCall(x, w, y, class_subset, request).forward()

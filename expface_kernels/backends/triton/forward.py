@@ -14,6 +14,9 @@ from expface_kernels.backends.triton import kernels, row_kernels
 from expface_kernels.backends.triton.calls import launch
 from expface_kernels.backends.triton.launch import LOG2_E, Call, Rows, cdiv
 
+SUMMED = 16
+"""Tiles whose sums, of at most 256 classes each, are added in float32."""
+
 
 class ForwardCall(Call):
     """Eqs. 2 to 4 in launches."""
@@ -81,10 +84,8 @@ class ForwardCall(Call):
                 **self.product(),
             )
             first += count
-        log_l = _combine(sums, maxima if self.maxima else None)[: plan.rows]
-        if not request.find_hardest:
-            return log_l, None
-        return log_l, self._hardest(maxima, args, rows)
+        best = self._hardest(maxima, args, rows) if request.find_hardest else None
+        return _combine(sums, maxima if self.maxima else None)[: plan.rows], best
 
     def _hardest(self, maxima: Tensor, args: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         best, tile = maxima[:, : self.plan.rows].max(dim=0)
@@ -142,10 +143,23 @@ class ForwardCall(Call):
 
 
 def _combine(sums: Tensor, maxima: Tensor | None) -> Tensor:
-    """log l (B_pad,) float64 from tiles (tiles, B_pad) (eq. 3); −inf where nothing was summed."""
+    """log l (B_pad,) float64 from tiles (tiles, B_pad) (eq. 3); −inf where nothing was summed.
+
+    In the memory of the tiles, whose values are lost.
+    """
     if maxima is None:
-        return torch.log(sums.sum(0, dtype=torch.float64))
+        return torch.log(_total(sums))
     highest = maxima.amax(0)
     highest = torch.where(highest == -torch.inf, 0.0, highest)
-    total = (torch.exp2(maxima - highest) * sums).sum(0, dtype=torch.float64)
+    total = _total(maxima.sub_(highest).exp2_().mul_(sums))
     return (torch.log2(total) + highest.double()) / LOG2_E
+
+
+def _total(sums: Tensor) -> Tensor:
+    """Σ over tiles (tiles, B_pad) float32 → (B_pad,) float64; SUMMED of them in float32 first.
+
+    A sum that is asked for in float64 would begin with a float64 copy of all tiles.
+    """
+    groups = sums.shape[0] // SUMMED
+    whole = sums[: groups * SUMMED].view(groups, SUMMED, sums.shape[1]).sum(1)
+    return whole.double().sum(0) + sums[groups * SUMMED :].double().sum(0)
