@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bench import peers
 from bench.cases import Case, Inputs
-from bench.peers.base import Peer, Step, terms
+from bench.peers.base import Peer, Step, in_a_line, terms
 from bench.peers.ours import Ours
-from bench.result import Gate, in_a_line
+from bench.result import Gate
 from expface_kernels import reference
 from tests.tolerances import CAPS, ROUNDED_COSINES, relative_error
 

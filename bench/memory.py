@@ -26,9 +26,9 @@ import torch
 from bench import cuda, peers
 from bench.cases import LARGEST_WITH_LOGITS, Case, Inputs
 from bench.measure import run_step
-from bench.peers.base import Peer, Step, terms
+from bench.peers.base import Peer, Step, in_a_line, terms
 from bench.peers.ours import Ours
-from bench.result import Memory, in_a_line
+from bench.result import Memory
 from expface_kernels import backends
 from expface_kernels.machine import proc_bytes
 

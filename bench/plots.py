@@ -242,9 +242,12 @@ def _frontier(sweep: Sweep) -> Figure | None:
     panel.plot(
         *zip(*map(place, ours), strict=True), color=BLUE, marker="o", label="ours, by its workspace in MiB"
     )
-    for point in ours:
+    for i, point in enumerate(ours):  # above and below in turn: neighbours may lie close together
         text = f"{workspace_bytes(point) / 2**20:.0f}"
-        panel.annotate(text, place(point), (0, 9), textcoords="offset points", ha="center", fontsize=8)
+        offset = (0, -9 if i % 2 else 9)
+        panel.annotate(
+            text, place(point), offset, textcoords="offset points", ha="center", va="center", fontsize=8
+        )
     for peer, point in others.items():
         style = _style(peer)
         panel.plot(*place(point), color=style.color, marker=style.marker, linestyle="", label=point.label)

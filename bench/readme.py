@@ -116,7 +116,9 @@ def speed(results: Path) -> str:
     memory = {entry.peer: entry for entry in result.memory if entry.case == case}
     untimed = [peer for peer in memory if peer not in result.runs[best] and memory[peer].extra_bytes]
     names = [*result.runs[best], *untimed]
+    # Where both are there, the label of the timed size: a gate's chunk may be smaller.
     labels = {gate.peer: gate.label for gate in result.gates}
+    labels |= {peer: entry.label for peer, entry in memory.items() if peer in labels}
     rows = []
     for peer in names:
         timed = peer in result.runs[best]

@@ -13,12 +13,6 @@ from bench.peers import BASELINE, baseline
 
 SCHEMA = 1
 """Version of the JSON: raised when a field changes its meaning or goes."""
-ERROR_LENGTH = 300  # characters
-
-
-def in_a_line(error: Exception) -> str:
-    """What was raised, as results keep it."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:ERROR_LENGTH]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from bench import allocator, machine, memory, peers
 from bench.cases import Case, Inputs
 from bench.gate import check_all, gate_case, in_terms_of, odd_ones_out, tiled_case
 from bench.measure import WARM_UPS, run_step, time_run
-from bench.peers.base import Step, terms
-from bench.result import Memory, Result, in_a_line
+from bench.peers.base import Step, in_a_line, terms
+from bench.result import Memory, Result
 from bench.show import Progress
 from bench.spin import spinning
 

@@ -18,9 +18,9 @@ from bench.budget import CLOCK, Budget, Clock, Costs, rounds_within
 from bench.cases import Case, Inputs
 from bench.gate import check_all, gate_case, odd_ones_out, tiled_case
 from bench.measure import Step, run_step, time_run
-from bench.peers.base import memory_reason, terms
+from bench.peers.base import in_a_line, memory_reason, terms
 from bench.peers.ours import Ours
-from bench.result import Gate, in_a_line
+from bench.result import Gate
 from bench.show import Progress
 from bench.sweep_result import NO_TIME, NOT_RIGHT, OUT_OF_MEMORY, Axis, Point, Sweep
 from expface_kernels.backends import workspace

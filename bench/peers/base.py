@@ -24,6 +24,7 @@ NO_MARGIN: tuple[str, ...] = ("normface",)
 NEEDS = "needs about"
 """How `memory_reason` begins."""
 GPU_ONLY: tuple[str, ...] = ("cuda",)
+ERROR_LENGTH = 300  # characters
 
 
 class Peer(ABC):
@@ -140,3 +141,8 @@ def step_of(case: Case, forward: Callable[[], Tensor]) -> Step:
         return loss
 
     return step
+
+
+def in_a_line(error: Exception) -> str:
+    """What was raised, as results keep it."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:ERROR_LENGTH]

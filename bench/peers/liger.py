@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Inputs
-from bench.peers.base import GPU_ONLY, NO_MARGIN, Peer, Step, mode, not_installed, step_of
+from bench.peers.base import GPU_ONLY, NO_MARGIN, Peer, Step, in_a_line, mode, not_installed, step_of
 from bench.peers.normalised import normalising_bytes, operands
 from expface_kernels.machine import version_of
 
@@ -59,11 +59,18 @@ class Liger(Peer):
 
     def label(self, case: Case) -> str:
         version = version_of(PACKAGE)
-        chunk = f"chunks of {chunk_rows(case, self._factor(case)):,} rows" if version else "chunks of rows"
+        there = self.missing(case) is None
+        chunk = f"chunks of {chunk_rows(case, self._factor(case)):,} rows" if there else "chunks of rows"
         return f"{PACKAGE} {version}, {chunk} ({mode(self, case)})"
 
     def missing(self, case: Case) -> str | None:
-        return not_installed("liger_kernel", PACKAGE)
+        if reason := not_installed("liger_kernel", PACKAGE):
+            return reason
+        try:
+            self._function()
+        except Exception as error:  # a release may ask for another torch or Triton
+            return f"{PACKAGE} cannot be imported: {in_a_line(error)}"
+        return None
 
     def extra_bytes(self, case: Case) -> int:
         """A chunk's logits, dw in float32."""
