@@ -172,7 +172,8 @@ def test_the_whole_loop_writes_a_table_that_calls_then_use(
     clock = Counted(lambda a: float(a["BM"]))
     autotune.measure(_toy(path, "--dtype", dtype, "--role", *roles), _machine(clock), lines.append)
     assert sum("ms" in line for line in lines) == 4, lines
-    assert len(clock.timed_blocks) == 4
+    # Kept exponentials and maxima with the hardest: the role that has both runs twice.
+    assert len(clock.timed_blocks) == (6 if "forward_more" in roles else 4)
     assert json.loads(path.read_text())["interpreter"]["measured_on"].startswith('a "toy", Triton ')
     monkeypatch.setattr(tuning, "table", lambda: json.loads(path.read_text()))
     found = tuning.blocks("interpreter", 24, *PRODUCTS[dtype], "tf32x3")

@@ -127,16 +127,21 @@ class Step:
         x = w[y] + normal(rows)
         return cls(setting, x.to(setting.stored), w.to(setting.stored), y)
 
-    def request(self, role: str) -> Request:
-        """Plain sums; with more for the role that has them: kept exponentials, in float16 the hardest."""
-        more = role == "forward_more"
-        half = self.setting.product == F16
+    def requests(self, role: str) -> list[Request]:
+        """Plain sums. Of the role that has more: exponentials kept, in float16 the hardest negative; then
+        maxima and the hardest, which take the most registers."""
         cast = self.setting.product if self.setting.product != self.setting.stored else None
-        return Request(64.0, True, EVERYTHING if more else 0, more and half, cast)
+        if role != "forward_more":
+            return [Request(64.0, True, 0, False, cast)]
+        half = self.setting.product == F16
+        return [Request(64.0, True, EVERYTHING, half, cast), Request(128.0, True, 0, True, cast)]
 
     def run(self, role: str, tiles: Blocks) -> tuple[Tensor, ...]:
-        """(log l, θ, dx, dw)."""
-        backend, request = TritonBackend(), self.request(role)
+        """(log l, θ, dx, dw) of each request."""
+        return tuple(result for request in self.requests(role) for result in self._run(request, tiles))
+
+    def _run(self, request: Request, tiles: Blocks) -> tuple[Tensor, ...]:
+        backend = TritonBackend()
         with tuning.trying(tiles):
             out = backend.forward(self.x, self.w, self.y, None, request)
             g = torch.full_like(out.log_l, 1 / self.x.shape[0])
@@ -166,8 +171,12 @@ def timing(kernel: str, clock: Clock) -> Iterator[None]:
 
 
 def disagreement(got: Sequence[Tensor], wanted: Sequence[Tensor], limit: float) -> str | None:
-    """The first of (log l, θ, dx, dw) that is off by more than `limit` of its norm; None where none is."""
-    for name, a, b in zip(("log l", "theta", "dx", "dw"), got, wanted, strict=True):
+    """The first of (log l, θ, dx, dw) that is off by more than `limit` of its norm; None where none is.
+
+    There may be several four.
+    """
+    names = ("log l", "theta", "dx", "dw") * (len(wanted) // 4)
+    for name, a, b in zip(names, got, wanted, strict=True):
         norm = torch.linalg.vector_norm(b.double())
         off = float(torch.linalg.vector_norm(a.double() - b.double()) / norm.clamp_min(1e-300))
         if not off <= limit:  # NaN is off too
