@@ -124,6 +124,8 @@ def _against_classes(sweep: Sweep, *, memory: bool) -> Figure | None:
     axis = next((axis for axis in sweep.axes if axis.varies == "classes"), None)
     if axis is None or not sweep.values(axis):
         return None
+    if all(_value(point, memory) is None for point in sweep.points):
+        return None
     directions = _directions(sweep)
     figure, panels = _figure(len(directions), 5.2 * len(directions) + 4, 5.4, sharex=True, sharey=True)
     handles: dict[str, Any] = {}

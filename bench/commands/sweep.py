@@ -33,7 +33,7 @@ from expface_kernels.cli.numbers import count
 from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
 
-STEM = "bench-sweep"
+STEM, GPU_STEM = "bench-sweep", "bench-gpu"
 """Of the names in OUT."""
 OTHERS = "bench-sweep-quick and bench-sweep-toy where asked for"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -53,13 +53,7 @@ def sweep_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--forward-only", action="store_true", help="no backward at all (default: both directions)"
     )
-    _add_common(p, plans.CPU_PEERS, f"{OUT / STEM}.json, {OTHERS}")
-    p.add_argument(
-        "--plots",
-        type=Path,
-        metavar="FOLDER",
-        help=f"draw four PNGs there, if matplotlib is installed (default: {OUT / STEM}, {OTHERS})",
-    )
+    _add_common(p, plans.CPU_PEERS, f"{OUT / STEM}.json, {OTHERS}", f"{OUT / STEM}, {OTHERS}")
     return p
 
 
@@ -68,11 +62,11 @@ def gpu_parser() -> argparse.ArgumentParser:
         prog="python -m bench gpu",
         description="B in 256, 1024, 4096 by C in 100k, 1M, 4M at D=512, bfloat16 autocast, on this GPU.",
     )
-    _add_common(p, plans.GPU_PEERS, "bench/results/gpu-CARD.json")
+    _add_common(p, plans.GPU_PEERS, "bench/results/gpu-CARD.json", str(OUT / GPU_STEM))
     return p
 
 
-def _add_common(p: argparse.ArgumentParser, peers: Sequence[str], json: str) -> None:
+def _add_common(p: argparse.ArgumentParser, peers: Sequence[str], json: str, folder: str) -> None:
     """Options of both, with these defaults."""
     add_peers(p, peers)
     p.add_argument("--rounds", type=int, help="at most, of each shape")
@@ -82,6 +76,12 @@ def _add_common(p: argparse.ArgumentParser, peers: Sequence[str], json: str) -> 
         type=Path,
         metavar="PATH",
         help=f"write the result there, after every shape (default: {json})",
+    )
+    p.add_argument(
+        "--plots",
+        type=Path,
+        metavar="FOLDER",
+        help=f"draw four PNGs there, if matplotlib is installed (default: {folder})",
     )
 
 
@@ -152,11 +152,12 @@ def gpu_main(argv: Sequence[str]) -> int:
         preset = _changed(plans.GPU, options)
         path = options.json or RESULTS / f"gpu-{slug(cuda.describe()['card'])}.json"
         file_to_write("json", path)
+        folder = _folder(options.plots, GPU_STEM)
         plan = plans.gpu_plan(preset, preset.peers, shlex.join(["python", "-m", "bench", "gpu", *argv]))
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    return _run(plan, path)
+    return _run(plan, path, folder)
 
 
 def slug(name: str) -> str:
@@ -164,7 +165,7 @@ def slug(name: str) -> str:
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _run(plan: Plan, path: Path, folder: Path | None = None) -> int:
+def _run(plan: Plan, path: Path, folder: Path | None) -> int:
     """The JSON goes to `path`, pictures into `folder`."""
 
     def save(sweep: Sweep) -> None:

@@ -55,9 +55,12 @@ def test_the_command_writes_one_file_with_the_cards_name(
     monkeypatch.setattr(cuda, "describe", lambda: {"card": CARD})
     monkeypatch.setattr(memory, "unavailable", lambda device: "not here")
     monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert main(["gpu", "--peers", "ours", "eager", "liger"]) == 0
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.json")
     assert path.name == "gpu-nvidia-h100-80gb-hbm3.json"
+    drawn = {file.name for file in (tmp_path / "out" / "bench-gpu").iterdir()}
+    assert drawn == {"classes-seconds.png", "speedups.png"}  # no memory was measured here
     found = Sweep.from_data(json.loads(path.read_text()))
     assert found.complete
     shapes = {(p.case.rows, p.case.classes) for p in found.points if p.seconds}
