@@ -16,6 +16,7 @@ from bench import cuda
 from expface_kernels import backends, machine
 
 _ROOT = Path(__file__).resolve().parents[1]
+NOT_CODE = (":!bench/results", ":!README.md")
 
 
 def available_bytes(device: str = "cpu") -> int | None:
@@ -32,13 +33,21 @@ def instruction_set() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with "-dirty" where tracked files differ from it; else "unknown"."""
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    """Short hash of the checkout, with "-dirty" where tracked files differ from it; else "unknown".
+
+    Results and README, which runs before this one may have written anew, do not count.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        name = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:

@@ -301,7 +301,7 @@ def _speedups(sweep: Sweep) -> Figure | None:
         panel.grid(alpha=0.3, axis="x")
         low, high = panel.get_xlim()
         panel.set_xlim(low * 0.85, high * 1.35)  # room for the numbers
-    left.legend(fontsize=8, loc="best")
+    left.legend(fontsize=8, loc="lower right")  # the last peer's bars are short
     _title(figure, sweep, "Speed of ours, by medians (partial FC: of ours on the same sample)")
     return figure
 

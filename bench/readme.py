@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import model, peers
+from bench.cases import LARGEST_WITH_LOGITS
 from bench.compare import load
 from bench.markdown import (
     NOTHING,
@@ -226,7 +227,8 @@ def memory(results: Path) -> str:
     prose = paragraph(
         f"`{typed(result.command)}` measures memory too, each number in a process of its own: peak "
         f"extra memory of a step beside inputs and the two gradients, B = {first.rows:,}, "
-        f"D = {first.features:,}, in MB ({link(MAIN)}):"
+        f"D = {first.features:,}, in MB ({link(MAIN)}); heads that hold as much as all logits are measured "
+        f"to C = {LARGEST_WITH_LOGITS:,} only:"
     )
     return f"{prose}\n\n" + markdown_table(["head", *(f"C = {case.classes:,}" for case in cases)], rows)
 
