@@ -75,7 +75,6 @@ class ForwardCall(Call):
                 class_begin=start,
                 class_end=stop,
                 tile_begin=first,
-                NORMS=plan.norms_in_tile,
                 MAXIMA=self.maxima,
                 HARDEST=request.find_hardest,
                 KEEP=keep,
@@ -131,7 +130,6 @@ class ForwardCall(Call):
                     class_begin=start,
                     class_end=stop,
                     chunk=stop - start,
-                    NORMS=plan.norms_in_tile,
                     **centres,
                     **self.product(),
                 )

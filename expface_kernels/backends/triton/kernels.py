@@ -73,35 +73,25 @@ def _centre_rows(p_w, p_index, i_classes, stride_w, INDEXED: tl.constexpr):
 
 
 @triton.jit
-def _signed_inverse(b_squares):
-    """1/max(|w|, eps) from sums of squares, negative where |w| < eps."""
-    b_norm = tl.sqrt_rn(b_squares)
-    b_inv = tl.div_rn(tl.full(b_norm.shape, 1.0, tl.float32), tl.where(b_norm < EPS, EPS, b_norm))
-    return tl.where(b_norm < EPS, -b_inv, b_inv)
-
-
-@triton.jit
 def _products(
     p_x_rows, p_w_rows, b_shift, stride_wd,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, SHIFTED: tl.constexpr, NORMS: tl.constexpr,
+    PRECISION: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """x·wᵀ (BM, BN), and with NORMS partial sums (BN, BK) of the centres' squares.
+    """Return x·wᵀ (BM, BN).
 
     The one place: other factors round otherwise, and the backward's p would not sum to 1. Blocks may differ.
+    Nothing but the product may use its tiles: a tile with a second use in the loop gets a buffer too few from
+    Triton's pipeliner where the product is asynchronous (wgmma), and is overwritten while it is read.
     """
     b_acc = tl.zeros((BM, BN), tl.float32)
-    b_squares = tl.zeros((BN, BK), tl.float32)
     for k in range(0, D, BK):
         o_d = k + tl.arange(0, BK)
         b_x = tl.load(p_x_rows[:, None] + o_d[None, :])
         b_w = _load_centres(p_w_rows, o_d, stride_wd, D, BK)
         b_w = _operand(b_w, b_shift, b_x.dtype, SHIFTED)
         b_acc = _dot(b_x, tl.trans(b_w), b_acc, PRECISION)
-        if NORMS:
-            # The norms come from the same loads: a pass of their own would read all of w once more.
-            b_squares += b_w.to(tl.float32) * b_w.to(tl.float32)
-    return b_acc, b_squares
+    return b_acc
 
 
 @triton.jit
@@ -111,7 +101,7 @@ def forward_tile(
     p_y,  # (B_pad,) int32, −1 in padding
     p_w,
     p_index,
-    p_inv,  # (C,): written by the first row block if NORMS, else read
+    p_inv,  # (C,)
     p_shift,
     p_sum,  # (tiles, B_pad)
     p_max,  # (tiles, B_pad), if MAXIMA or HARDEST
@@ -131,7 +121,6 @@ def forward_tile(
     PRECISION: tl.constexpr,
     INDEXED: tl.constexpr,
     SHIFTED: tl.constexpr,
-    NORMS: tl.constexpr,
     MAXIMA: tl.constexpr,
     HARDEST: tl.constexpr,
     KEEP: tl.constexpr,
@@ -150,15 +139,9 @@ def forward_tile(
     p_x_rows = p_x + i_rows.to(tl.int64) * D_PAD
     b_shift = tl.load(p_shift + i_safe) if SHIFTED else 0.0
 
-    b_acc, b_squares = _products(
-        p_x_rows, p_w_rows, b_shift, stride_wd, D, BM, BN, BK, PRECISION, SHIFTED, NORMS
-    )
-    if not NORMS:
-        b_inv = tl.load(p_inv + i_safe)
-    else:
-        b_inv = _signed_inverse(tl.sum(b_squares, 1))
-        tl.store(p_inv + i_classes, b_inv, mask=i_classes < tl.where(i_block == 0, class_end, 0))
+    b_acc = _products(p_x_rows, p_w_rows, b_shift, stride_wd, D, BM, BN, BK, PRECISION, SHIFTED)
 
+    b_inv = tl.load(p_inv + i_safe)
     b_y = tl.load(p_y + i_rows)
     b_row_scale = tl.load(p_row_scale + i_rows)
     b_z = b_acc * b_row_scale[:, None] * tl.abs(b_inv)[None, :]
@@ -228,7 +211,7 @@ def probability_tile(
     p_x_rows = p_x + i_rows.to(tl.int64) * D_PAD
     b_shift = tl.load(p_shift + i_safe) if SHIFTED else 0.0
 
-    b_acc, _ = _products(p_x_rows, p_w_rows, b_shift, stride_wd, D, BM, BN, BK, PRECISION, SHIFTED, False)
+    b_acc = _products(p_x_rows, p_w_rows, b_shift, stride_wd, D, BM, BN, BK, PRECISION, SHIFTED)
 
     b_inv = tl.where(m_class, tl.abs(tl.load(p_inv + i_safe)), 0.0)
     b_z = b_acc * tl.load(p_row_scale + i_rows)[:, None] * b_inv[None, :]
@@ -367,7 +350,6 @@ def cosine_tile(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
     SHIFTED: tl.constexpr,
-    NORMS: tl.constexpr,
 ):
     """Cosines of a chunk of classes, float32, for topk."""
     i_block = tl.program_id(0) % (B_pad // BM)
@@ -377,10 +359,8 @@ def cosine_tile(
     p_w_rows = _centre_rows(p_w, p_w, i_safe, stride_w, False)
     p_x_rows = p_x + i_rows.to(tl.int64) * D_PAD
     b_shift = tl.load(p_shift + i_safe) if SHIFTED else 0.0
-    b_acc, b_squares = _products(
-        p_x_rows, p_w_rows, b_shift, stride_wd, D, BM, BN, BK, PRECISION, SHIFTED, NORMS
-    )
-    b_inv = _signed_inverse(tl.sum(b_squares, 1)) if NORMS else tl.load(p_inv + i_safe)
+    b_acc = _products(p_x_rows, p_w_rows, b_shift, stride_wd, D, BM, BN, BK, PRECISION, SHIFTED)
+    b_inv = tl.load(p_inv + i_safe)
     b_cos = b_acc * tl.load(p_row_scale + i_rows)[:, None] * tl.abs(b_inv)[None, :]
     m_tile = (i_rows < B)[:, None] & (class_begin + i_local < class_end)[None, :]
     tl.store(p_cos + i_rows.to(tl.int64)[:, None] * chunk + i_local[None, :], b_cos, mask=m_tile)

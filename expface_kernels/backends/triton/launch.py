@@ -74,24 +74,27 @@ class Call:
         # A stored float16 is taken as it is; anything wider, scaled by a power of two, loses nothing.
         self.launch_operands(
             self.x, operand, inv, shift, plan.rows, plan.rows_pad,
-            UNIT=unit, SHIFT=scaled, INDEXED=False, STORE=True, SIGNED=False,
+            UNIT=unit, SHIFT=scaled, INDEXED=False, STORE=True, SIGNED=False, WIDE=True,
         )  # fmt: skip
         labels = self.padded(self.y.int(), -1)
         return Rows(operand, inv, labels)
 
     def split(self, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The workspace's inv, shift and e, with shifts and inverse norms filled in where they come first."""
+        """Split the workspace into inv, shift and e, and fill in the first two by a pass over the centres."""
         plan = self.plan
         if workspace.numel() == plan.numel:
             inv, shift, e = plan.split(workspace)
         else:
             inv, shift = workspace[: plan.classes_pad], workspace[plan.classes_pad :]
             e = self.empty((0, plan.rows_pad), plan.product)
-        if not plan.norms_in_tile:
-            self.launch_operands(
-                self.w, shift, inv, shift, plan.classes, plan.classes,
-                UNIT=False, SHIFT=plan.shifted, INDEXED=self.subset is not None, STORE=False, SIGNED=True,
-            )  # fmt: skip
+        # float32 is as exact as a 16-bit product of the same length, and costs a GPU with few float64 units
+        # nothing beside the memory it reads; a float32 product wants float64, a shift its range.
+        wide = plan.product == torch.float32 or plan.shifted
+        self.launch_operands(
+            self.w, shift, inv, shift, plan.classes, plan.classes,
+            UNIT=False, SHIFT=plan.shifted, INDEXED=self.subset is not None, STORE=False, SIGNED=True,
+            WIDE=wide,
+        )  # fmt: skip
         return inv, shift, e
 
     def launch_operands(

@@ -82,14 +82,6 @@ class Plan:
         return self.product != torch.float16
 
     @property
-    def norms_in_tile(self) -> bool:
-        """Whether the forward's tiles form the norms, in float32, from what they load for the product.
-
-        Shifts need them beforehand. A float32 product wants them in float64, and is slow beside that pass.
-        """
-        return self.product != torch.float32 and not self.shifted
-
-    @property
     def numel(self) -> int:
         """float32 elements of the workspace: inverse norms, shifts, E."""
         exponentials = self.kept_pad * self.rows_pad * self.product.itemsize // 4

@@ -15,7 +15,17 @@ PAIR_EPS = tl.constexpr(1e-14)  # shorter differences of unit vectors are roundi
 
 @triton.jit
 def _norm(b_v):
-    return tl.sqrt(tl.sum(b_v * b_v, 1))
+    b_squares = tl.sum(b_v * b_v, 1)
+    if b_v.dtype == tl.float32:  # the plain root is an approximation on NVIDIA; float64 has no other
+        return tl.sqrt_rn(b_squares)
+    return tl.sqrt(b_squares)
+
+
+@triton.jit
+def _inverse(b_v):
+    if b_v.dtype == tl.float32:  # rounded to nearest, as float64's division is
+        return tl.div_rn(tl.full(b_v.shape, 1.0, tl.float32), b_v)
+    return 1.0 / b_v
 
 
 @triton.jit
@@ -54,11 +64,14 @@ def row_operands(
     INDEXED: tl.constexpr,
     STORE: tl.constexpr,
     SIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Rows cast to DTYPE, divided first by their norm (UNIT) or by a power of two near it (SHIFT).
+    """Cast rows to DTYPE, dividing them first by their norm (UNIT) or by a power of two near it (SHIFT).
 
-    The norm is that of the cast values, in float64. It is NaN where the row is not finite.
+    The norm is that of the cast values, summed in float64 if WIDE, else in float32. It is NaN where the row
+    is not finite. SIGNED: 1/|v| is negative where |v| < eps.
     """
+    COMPUTE: tl.constexpr = tl.float64 if WIDE else tl.float32
     i_rows = tl.program_id(0) * BR + tl.arange(0, BR)
     o_d = tl.arange(0, BD)
     m_row = i_rows < rows
@@ -67,18 +80,18 @@ def row_operands(
         i_stored = tl.load(p_index + i_rows, mask=m_row, other=0)
     m_tile = m_row[:, None] & (o_d < D)[None, :]
     p_tile = p_v + i_stored[:, None] * stride + o_d.to(tl.int64)[None, :] * stride_d
-    b_v = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float64)
+    b_v = tl.load(p_tile, mask=m_tile, other=0.0).to(COMPUTE)
     b_norm = _norm(b_v)
     m_finite = b_norm - b_norm == 0
-    b_factor = tl.full((BR,), 1.0, tl.float64)
+    b_factor = tl.full((BR,), 1.0, COMPUTE)
     if UNIT:
         b_factor = 1.0 / _at_least_eps(b_norm)
     if SHIFT:
-        b_factor = _power_of_two(b_norm).to(tl.float64)
+        b_factor = _power_of_two(b_norm).to(COMPUTE)
     b_v = tl.where(m_finite[:, None], b_v * b_factor[:, None], 0.0)
     b_cast = rounded(b_v.to(tl.float32), DTYPE)
-    b_norm = _norm(b_cast.to(tl.float64)) / b_factor
-    b_inv = tl.where(m_finite, 1.0 / (_at_least_eps(b_norm) * b_factor), float("nan"))
+    b_norm = _norm(b_cast.to(COMPUTE)) / b_factor
+    b_inv = tl.where(m_finite, _inverse(_at_least_eps(b_norm) * b_factor), float("nan"))
     if SIGNED:
         b_inv = tl.where(b_norm < EPS, -b_inv, b_inv)
     # Padding weighs nothing.
