@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton test-gpu test-triton36 audit lint typecheck format clean \
+.PHONY: help demo test test-triton test-gpu test-triton36 audit audit-all audit-golden lint typecheck format clean \
 	bench bench-quick bench-sweep bench-gpu readme-tables study study-quick
 
 help:  ## list the targets
@@ -37,7 +37,7 @@ test: $(VENV)/.installed  ## all tests, one worker a core (each takes one thread
 # The tests of every backend run over the triton backend too where there is a GPU, over it alone where
 # TRITON_INTERPRET is set; -k leaves out those that do not concern it.
 EVERY_BACKEND := $(patsubst %,tests/test_backends/%.py,test_backends test_edges test_accuracy test_negatives)
-TRITON_TESTS := -k triton $(EVERY_BACKEND) $(wildcard tests/test_backends/test_triton*.py)
+TRITON_TESTS := -k triton $(EVERY_BACKEND) $(wildcard tests/test_*/test_triton*.py)
 test-triton: $(VENV)/.installed  ## the triton backend in its interpreter, on the CPU (under 150 s on 2 cores)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --disable-warnings $(TRITON_TESTS)
 
@@ -58,10 +58,16 @@ test-triton36: $(VENV)/.installed  ## the same with the oldest Triton we promise
 	$(VENV36)/bin/python -m pip install -q -c constraints.txt torch setuptools pybind11 pytest pytest-xdist
 	$(VENV36)/bin/python -m pip install -q 'triton==3.6.*' 'numpy<2.4'
 	TRITON_INTERPRET=1 $(VENV36)/bin/python -m pytest -n 2 --disable-warnings $(TRITON_TESTS)
-	$(VENV36)/bin/python -m expface_kernels.backends.triton.audit
+	$(VENV36)/bin/python -m expface_kernels.workshop.audit
 
-audit: $(VENV)/.installed  ## compile the GPU kernels without a GPU: registers, shared memory, spills
-	$(PY) -m expface_kernels.backends.triton.audit
+audit: $(VENV)/.installed  ## compile the GPU kernels without a GPU: races, spills, registers, loads (under 4 minutes)
+	$(PY) -m expface_kernels.workshop.audit
+
+audit-all: $(VENV)/.installed  ## the same for every architecture (6 minutes)
+	$(PY) -m expface_kernels.workshop.audit --all
+
+audit-golden: $(VENV)/.installed  ## accept what the kernels compile to now as what audit compares with
+	$(PY) -m expface_kernels.workshop.audit --all --golden
 
 lint: $(VENV)/.installed  ## ruff: rules and formatting
 	$(PY) -m ruff check .
@@ -88,7 +94,7 @@ bench-sweep: $(VENV)/.installed  ## seconds and memory against C, B, D and works
 
 # `make bench-gpu PY=python3` takes the Python that is there: no network, no rich, no matplotlib are needed.
 bench-gpu: $(READY)  ## tune the kernels, then measure, on this machine's GPU (10 minutes)
-	-$(PY) -m expface_kernels.backends.triton.autotune --seconds 120
+	-$(PY) -m expface_kernels.workshop.autotune --seconds 120
 	$(PY) -m bench gpu
 
 readme-tables: $(VENV)/.installed  ## README's tables and measured numbers, from bench/results

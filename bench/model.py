@@ -1,6 +1,6 @@
 """`python -m bench --model GPU`: a step's cost there, ours beside the eager head's. Counted, not measured.
 
-Ours is counted from its launches (expface_kernels.backends.triton.costs), the eager head from its operators,
+Ours is counted from its launches (expface_kernels.workshop.costs), the eager head from its operators,
 run without data: an operator reads its inputs and writes its outputs, a view moves nothing.
 """
 
@@ -18,9 +18,9 @@ from torch.utils.flop_counter import flop_registry
 from bench import machine
 from bench.cases import Case
 from bench.peers.eager import margin_loss
-from expface_kernels.backends.triton import costs
-from expface_kernels.backends.triton.recording import Case as Launches
-from expface_kernels.tally import PeakMemory, traffic
+from expface_kernels.workshop import costs
+from expface_kernels.workshop.recording import Case as Launches
+from expface_kernels.workshop.traffic import PeakMemory, traffic
 
 DTYPES = ("bfloat16", "float16", "float32")
 KIND, SCHEMA = "model", 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from bench.cases import DTYPES, Case
-from expface_kernels.backends.triton import costs, recording
+from expface_kernels.workshop import costs, recording
 
 DEFAULT_ARCH = "sm_90"
 

@@ -25,7 +25,6 @@ ROOT = PACKAGE.parent
 LAYERS = {
     "margins": 0,
     "stats": 0,
-    "tally": 0,
     "margin_spec": 1,
     "analysis": 2,
     "checks": 1,
@@ -36,6 +35,7 @@ LAYERS = {
     "functional": 4,
     "partial_fc": 5,
     "testing": 5,
+    "workshop": 5,
     "plan": 6,
     "heads": 6,
     "": 7,  # the package's own __init__
@@ -45,7 +45,7 @@ LAYERS = {
     "__main__": 9,
 }
 # Narrower than their layer: nothing may reach a margin or the truth that they would have to follow.
-ONLY = {"margins": set(), "stats": set(), "tally": set(), "reference": {"margins", "stats"}}
+ONLY = {"margins": set(), "stats": set(), "reference": {"margins", "stats"}}
 
 
 def in_a_new_process(code: str) -> str:
@@ -196,7 +196,7 @@ def test_the_gpu_tests_fail_without_a_gpu_in_place_of_skipping_everything() -> N
     assert " --need-gpu " in recipe
     assert "||" not in recipe
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--need-gpu", "--collect-only", "tests/test_tally.py"],
+        [sys.executable, "-m", "pytest", "--need-gpu", "--collect-only", "tests/test_stats.py"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip

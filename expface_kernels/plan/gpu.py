@@ -11,14 +11,14 @@ import torch
 from expface_kernels.plan.job import Job, request_of
 
 if TYPE_CHECKING:
-    from expface_kernels.backends.triton.costs import Costs, Gpu, Step
     from expface_kernels.backends.triton.plan import Plan as SizePlan
+    from expface_kernels.workshop.costs import Costs, Gpu, Step
 
 
 def gpu_of(device: str) -> Gpu:
     """Its rates; ValueError where Triton, whose launches are counted, is not installed."""
     try:
-        from expface_kernels.backends.triton.costs import GPUS
+        from expface_kernels.workshop.costs import GPUS
     except ModuleNotFoundError as error:
         raise ValueError(
             f"device: {device} is modelled by its launches, which needs Triton installed"
@@ -55,8 +55,8 @@ def backend_plan(job: Job) -> SizePlan:
 
 
 def _counted(job: Job, classes: int) -> Costs:
-    from expface_kernels.backends.triton.costs import costs
-    from expface_kernels.backends.triton.recording import Case
+    from expface_kernels.workshop.costs import costs
+    from expface_kernels.workshop.recording import Case
 
     case = Case(
         job.rows,
@@ -73,7 +73,7 @@ def _counted(job: Job, classes: int) -> Costs:
 
 def _extrapolated(fewer: Costs, more: Costs, times: float) -> Costs:
     """more, and `times` what it has more than fewer, which launches the same kernels."""
-    from expface_kernels.backends.triton.costs import Costs
+    from expface_kernels.workshop.costs import Costs
 
     def on(first: int, second: int) -> int:
         return second + int(times * (second - first))

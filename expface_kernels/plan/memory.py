@@ -20,7 +20,7 @@ from expface_kernels.backends.cpu import CpuBackend, TilePlan
 from expface_kernels.plan.gpu import backend_plan, gpu_costs
 from expface_kernels.plan.job import Job, request_of
 from expface_kernels.plan.optimizers import SPARSE_TEMPORARY, Footprint, footprint
-from expface_kernels.tally import Moved, PeakMemory
+from expface_kernels.workshop.traffic import Moved, PeakMemory
 
 ALWAYS, BACKWARD, UPDATE = "always", "backward", "update"
 # glibc maps a buffer of its own above this, and gives it back when it is freed. Below it, 1.0 to 1.5 times

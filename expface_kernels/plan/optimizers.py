@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expface_kernels.tally import Moved, PeakMemory
+from expface_kernels.workshop.traffic import Moved, PeakMemory
 
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("SGD", {"lr": 0.1}),

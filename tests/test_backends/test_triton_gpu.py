@@ -17,10 +17,11 @@ from torch import Tensor
 
 from expface_kernels import ArcFace, ExpFace, MarginSoftmaxHead, margin_cross_entropy
 from expface_kernels.backends.base import NO_TARGET, Request
-from expface_kernels.backends.triton import TritonBackend, autotune, calls, costs, tuning
-from expface_kernels.backends.triton.recording import Case
+from expface_kernels.backends.triton import TritonBackend, calls, tuning
 from expface_kernels.backends.triton.tuning import Tile
 from expface_kernels.functional import topk_cosine
+from expface_kernels.workshop import autotune, costs
+from expface_kernels.workshop.recording import Case
 from tests.cases import GPU, batch, loss_on, truth
 from tests.tolerances import CAPS, LIBRARY_TEMPORARIES, PLAIN_TF32, assert_close, relative_error
 

@@ -18,7 +18,7 @@ from expface_kernels.backends.triton import TritonBackend, calls, tuning
 from expface_kernels.backends.triton.backward import BackwardCall
 from expface_kernels.backends.triton.forward import ForwardCall
 from expface_kernels.backends.triton.plan import PAD, Plan
-from expface_kernels.backends.triton.recording import Case
+from expface_kernels.workshop.recording import Case
 from tests.cases import INTERPRETED, MARGINS, TRITON_DEVICE, batch
 from tests.tolerances import assert_close
 

@@ -16,7 +16,7 @@ from bench.cases import Case
 from bench.commands import sweep as command
 from bench.sweep import Plan, Run, Stop
 from bench.sweep_result import Point, Sweep
-from expface_kernels.backends.triton import autotune, costs
+from expface_kernels.workshop import autotune, costs
 
 CARD = "NVIDIA H100 80GB HBM3"
 CASE = Case(256, 100_000, 512, device="cuda", autocast="bfloat16")

@@ -11,7 +11,7 @@ import torch
 from bench import model
 from bench.__main__ import main
 from bench.cases import Case
-from expface_kernels.backends.triton import costs
+from expface_kernels.workshop import costs
 
 H100 = costs.GPUS["h100"]
 

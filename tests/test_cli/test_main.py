@@ -14,7 +14,7 @@ import torch
 from expface_kernels import machine
 from expface_kernels.__main__ import COMMANDS, main
 from expface_kernels.backends import triton
-from expface_kernels.backends.triton.costs import GPUS
+from expface_kernels.workshop.costs import GPUS
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--rows", "6", "--classes", "33", "--features", "16"]

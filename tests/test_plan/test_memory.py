@@ -14,11 +14,11 @@ import torch
 
 from expface_kernels import MarginSoftmaxHead
 from expface_kernels.backends import cpu
-from expface_kernels.backends.triton.costs import GPUS, costs
-from expface_kernels.backends.triton.recording import Case
 from expface_kernels.plan import Job, plan
 from expface_kernels.plan.gpu import gpu_costs
 from expface_kernels.plan.memory import ALWAYS, BACKWARD, UPDATE, Item, items_of, peak_bytes, row_costs
+from expface_kernels.workshop.costs import GPUS, costs
+from expface_kernels.workshop.recording import Case
 from tests.distributed import run_ranks
 from tests.test_plan import measured
 from tests.tolerances import EXTRAPOLATED, PLANNED_MEMORY
@@ -141,7 +141,7 @@ def test_the_cpu_items_are_the_backends_own_buffers(monkeypatch: pytest.MonkeyPa
 
 def test_row_costs_do_not_depend_on_where_they_were_counted() -> None:
     """Linear in N·D: the peak of a step over few classes, at another size."""
-    from expface_kernels.tally import PeakMemory
+    from expface_kernels.workshop.traffic import PeakMemory
 
     rows, features = 512, 128
     x = torch.randn(rows, features)

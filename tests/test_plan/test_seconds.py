@@ -87,7 +87,7 @@ def test_collectives_send_rows_sums_and_the_rows_gradient() -> None:
 
 
 def test_a_gpu_step_is_the_cost_models_and_the_update() -> None:
-    from expface_kernels.backends.triton.costs import GPUS
+    from expface_kernels.workshop.costs import GPUS
 
     found = plan(Job(classes=100_000, device="a100", dtype="bfloat16", optimizer="momentum", fused=True))
     update = found.work[-1]

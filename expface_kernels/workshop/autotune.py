@@ -1,6 +1,6 @@
 """Measure tiles on the GPU at hand and rewrite the table of the best: `tuned.json`.
 
-    python -m expface_kernels.backends.triton.autotune [--features 512 …] [--dtype bfloat16 …] [--list]
+    python -m expface_kernels.workshop.autotune [--features 512 …] [--dtype bfloat16 …] [--list]
 
 For each D and dtype, role by role: every candidate's log l, θ, dx and dw are held against those of the tiles
 in use, then its kernel is timed inside a real forward and backward; the fastest right one goes into the
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from expface_kernels.backends.base import Request
 from expface_kernels.backends.triton import TritonBackend, calls, tuning
-from expface_kernels.backends.triton.candidates import UNKNOWN_SHARED, Setting, candidates
 from expface_kernels.backends.triton.tuning import Blocks, Tile
+from expface_kernels.workshop.candidates import UNKNOWN_SHARED, Setting, candidates
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PRODUCTS = {
@@ -288,7 +288,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    p = _Parser(prog="python -m expface_kernels.backends.triton.autotune")
+    p = _Parser(prog="python -m expface_kernels.workshop.autotune")
     p.add_argument("--features", nargs="+", type=_positive, default=[512], metavar="D")
     p.add_argument(
         "--dtype", nargs="+", default=["bfloat16", "bfloat16-float32"], choices=list(PRODUCTS),
@@ -328,10 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _list(options: argparse.Namespace) -> None:
-    # Here, because it brings in the compiler's side, which tuning itself does not need.
-    from expface_kernels.backends.triton.audit import SHARED_LIMIT
+    from expface_kernels.workshop.machine_code import LIMITS
 
-    limit = SHARED_LIMIT.get(options.arch, UNKNOWN_SHARED)
+    limit = LIMITS[options.arch].block_shared if options.arch in LIMITS else UNKNOWN_SHARED
     for name, setting in settings(options.arch, options):
         for role in options.role:
             print(f"{options.arch}, D={setting.features}, {name}, {role}:")

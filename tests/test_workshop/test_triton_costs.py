@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from expface_kernels.backends.triton import TritonBackend, calls, costs, plan, tuning
-from expface_kernels.backends.triton.recording import Case
-from expface_kernels.tally import Moved
+from expface_kernels.backends.triton import TritonBackend, calls, plan, tuning
+from expface_kernels.workshop import costs
+from expface_kernels.workshop.recording import Case
+from expface_kernels.workshop.traffic import Moved
 from tests.cases import INTERPRETED, batch
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -198,10 +199,11 @@ def test_a_step_at_a_million_classes_keeps_to_its_budget(kept: bool, monkeypatch
     monkeypatch.setattr(tuning, "table", dict)
     case = Case(1024, 1_000_000, 512, workspace_bytes=2**50 if kept else 0)
     result = costs.costs(case, "sm_90")
-    products, gigabytes = (3.2, 13.5) if kept else (4.2, 11.5)
+    products, gigabytes = (3.2, 13.6) if kept else (4.2, 12.6)
     assert result.flops <= products * PRODUCT
     assert result.flops >= (3 if kept else 4) * PRODUCT
-    assert (11.8 if kept else 11.264) * 1e9 < result.moved <= gigabytes * 1e9
+    # The norms' pass over w is 1 GB of it.
+    assert (12.8 if kept else 12.288) * 1e9 < result.moved <= gigabytes * 1e9
     operators = sum(step.read for step in result.steps if step.name == costs.OPERATORS)
     assert 0 < operators <= 0.01 * result.moved  # sums over tiles, casts of rows
     if not kept:

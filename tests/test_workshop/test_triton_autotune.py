@@ -20,18 +20,20 @@ import pytest
 import torch
 
 from expface_kernels.backends.base import Request
-from expface_kernels.backends.triton import audit, autotune, tuning
-from expface_kernels.backends.triton.autotune import PRODUCTS, Machine, Step, fastest, record
-from expface_kernels.backends.triton.candidates import (
+from expface_kernels.backends.triton import tuning
+from expface_kernels.backends.triton.launch import Call
+from expface_kernels.backends.triton.plan import PAD
+from expface_kernels.backends.triton.tuning import ROLES, Tile
+from expface_kernels.workshop import autotune
+from expface_kernels.workshop.autotune import PRODUCTS, Machine, Step, fastest, record
+from expface_kernels.workshop.candidates import (
     UNKNOWN_SHARED,
     Setting,
     candidates,
     shared_bytes,
     why_not,
 )
-from expface_kernels.backends.triton.launch import Call
-from expface_kernels.backends.triton.plan import PAD
-from expface_kernels.backends.triton.tuning import ROLES, Tile
+from expface_kernels.workshop.machine_code import LIMITS
 from tests.cases import INTERPRETED
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -39,11 +41,11 @@ HOPPER = Setting("sm_90", 512, BF16, BF16, "ieee")
 SMALL = Tile(64, 64, 32, 4, 2)
 
 
-@pytest.mark.parametrize("arch", audit.ARCHITECTURES)
+@pytest.mark.parametrize("arch", LIMITS)
 @pytest.mark.parametrize("features", [128, 500, 1024])
 @pytest.mark.parametrize("role", ROLES)
 def test_candidates_fit_shared_memory_and_the_padding(role: str, features: int, arch: str) -> None:
-    limit = audit.SHARED_LIMIT[arch]
+    limit = LIMITS[arch].block_shared
     options = autotune.parser().parse_args(["--features", str(features), "--dtype", *PRODUCTS])
     for _, setting in autotune.settings(arch, options):
         found = list(candidates(role, setting, limit))
@@ -63,7 +65,8 @@ def test_consumer_cards_get_amperes_tiles_which_fit_their_shared_memory(
     dtypes: tuple[torch.dtype, torch.dtype], arch: str
 ) -> None:
     setting = Setting(arch, 512, *dtypes, "tf32x3")
-    assert setting.ruled() == dataclasses.replace(setting, arch="sm_80").ruled()
+    ruled, amperes = setting.ruled(), dataclasses.replace(setting, arch="sm_80").ruled()
+    assert dataclasses.replace(ruled, forward=amperes.forward) == amperes
     for role in ROLES:
         assert shared_bytes(role, getattr(setting.ruled(), role), setting) <= UNKNOWN_SHARED
 
@@ -295,7 +298,7 @@ def test_every_entry_of_the_packages_table_is_read_and_fits() -> None:
             setting = Setting(arch, int(features), *(getattr(torch, name) for name in types), precision)
             assert key == tuning.key(setting.features, setting.product, setting.stored, precision)
             for role, sizes in roles.items():
-                tile, limit = Tile(**sizes), audit.SHARED_LIMIT.get(arch, 10**9)
+                tile, limit = Tile(**sizes), LIMITS[arch].block_shared if arch in LIMITS else 10**9
                 ruled = getattr(setting.ruled(), role)
                 assert tile == ruled or why_not(role, tile, setting, limit) is None
 

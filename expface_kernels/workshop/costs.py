@@ -1,6 +1,6 @@
 """What a training step will cost on a GPU: counted from the launches that the code really makes.
 
-    python -m expface_kernels.backends.triton.costs --gpu h100 --rows 1024 --classes 1000000 --features 512
+    python -m expface_kernels.workshop.costs --gpu h100 --rows 1024 --classes 1000000 --features 512
 
 FLOPs and bytes follow from the arguments of each launch and operator, as if every tensor went through memory
 once in each; milliseconds are the larger of FLOPs over a reachable rate and bytes over a reachable bandwidth:
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expface_kernels.backends.triton import calls
-from expface_kernels.backends.triton.recording import Case
-from expface_kernels.tally import PeakMemory, traffic
+from expface_kernels.workshop.recording import Case
+from expface_kernels.workshop.traffic import PeakMemory, traffic
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,8 @@ def _columns(a: Arguments) -> int:
 def _forward(a: Arguments) -> Traffic:
     n, padded = _classes(a, "BN")
     rows, per_tile = a["B_pad"], padded // a["BN"] * a["B_pad"]
-    read = rows * _columns(a) * a["p_x"].element_size() + 8 * rows + _centres(a, n)
+    read = rows * _columns(a) * a["p_x"].element_size() + 8 * rows + _centres(a, n) + 4 * n
     written = 4 * per_tile * (1 + (a["MAXIMA"] or a["HARDEST"]) + a["HARDEST"])
-    if a["NORMS"]:
-        written += 4 * n
-    else:
-        read += 4 * n
     if a["KEEP"]:
         written += n * rows * a["p_e"].element_size()
     return 2 * rows * padded * _columns(a), read, written
@@ -287,7 +283,7 @@ def sums(result: Costs, name: str, title: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m expface_kernels.backends.triton.costs")
+    parser = argparse.ArgumentParser(prog="python -m expface_kernels.workshop.costs")
     parser.add_argument("--gpu", default="h100", choices=list(GPUS))
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--classes", type=int, default=1_000_000)

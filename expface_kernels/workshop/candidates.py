@@ -55,6 +55,8 @@ def shared_bytes(role: str, tile: Tile, setting: Setting) -> int:
     copies = tile.stages - 1 if setting.arch in REGISTER_OPERANDS else tile.stages
     staged = copies * tile.bk * (tile.bm * first + tile.bn * second)
     staged += cast if setting.stored != setting.product else 0
+    if setting.arch == "gfx950":  # its direct copies leave gaps against bank conflicts
+        staged += staged // 16
     return max(staged, tile.bm * tile.bn * setting.product.itemsize)
 
 

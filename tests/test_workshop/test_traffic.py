@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from expface_kernels.tally import Moved, PeakMemory
+from expface_kernels.workshop.traffic import Moved, PeakMemory
 
 N = 1000  # float32 elements
 BYTES = 4 * N
