@@ -153,7 +153,13 @@ def ruled_blocks(
     # feature is masked: half the sums to write, rows loaded half as often. On sm_90 deeper blocks spill, and
     # at D = 256, where the compiler unrolls the whole loop, these do.
     wide = not (amd or ampere) and stored == product and features >= 512 and features % 32 == 0
-    return Blocks(Tile(128, 256, 32, 8, 4) if wide else tile, tile, tile, weight, "ieee")
+    forward = Tile(128, 256, 32, 8, 4) if wide else tile
+    if arch in ("sm_120", "sm_121"):  # at twice the depth Triton 3.6 spills where classes are listed
+        forward = Tile(128, 128, min(bk, 32), 8, 4)
+    # The one case in which P' spills there, for two registers.
+    narrow = arch == "sm_103" and product == torch.float16 and stored == torch.float32
+    probability = Tile(128, 64, bk, 8, deep) if narrow else tile
+    return Blocks(forward, tile, probability, weight, "ieee")
 
 
 def _float32_blocks(arch: str, precision: str) -> Blocks:
