@@ -5,7 +5,8 @@ PY     := $(VENV)/bin/python
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton test-gpu test-triton36 audit audit-all audit-golden lint typecheck format clean \
+.PHONY: help demo test test-triton test-sanitized test-gpu test-triton36 audit audit-all audit-golden lint typecheck \
+	format clean \
 	bench bench-quick bench-sweep bench-gpu readme-tables study study-quick
 
 help:  ## list the targets
@@ -40,6 +41,10 @@ EVERY_BACKEND := $(patsubst %,tests/test_backends/%.py,test_backends test_edges 
 TRITON_TESTS := -k triton $(EVERY_BACKEND) $(wildcard tests/test_*/test_triton*.py)
 test-triton: $(VENV)/.installed  ## the triton backend in its interpreter, on the CPU (under 150 s on 2 cores)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --disable-warnings $(TRITON_TESTS)
+
+# CI runs this in place of test-triton: the same tests, and more.
+test-sanitized: $(VENV)/.installed  ## test-triton with an eye on bounds, races and memory that nobody wrote
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --disable-warnings -p tests.sanitizer $(TRITON_TESTS)
 
 # With PY=python3 it needs torch, triton, numpy and pytest alone. Compiling kernels is most of the time, so each
 # file is a process of its own.

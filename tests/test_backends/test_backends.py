@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expface_kernels import ArcFace, ExpFace, backends, functional, margin_cross_entropy, ops
 from expface_kernels.backends import native
+from tests import sanitizer
 from tests.cases import batch, device_of, leaves, loss_on, truth
 from tests.test_backends.steps import F32, assert_true, is_zero, run
 from tests.tolerances import assert_close
@@ -132,6 +133,8 @@ def test_a_bad_class_subset_on_a_gpu_gives_nan_and_stays_within_memory(
     subset: list[int], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "on_cpu", lambda values: False)  # as there, where nobody may wait
+    # A class that is listed twice has two gradients, of which any may stay beside the NaN.
+    monkeypatch.setattr(sanitizer, "COLLISIONS_ARE_FAULTS", False)
     x, w, y = batch("random", 4, 21, 16)
     y = torch.tensor([0, 3, -100, 0])
     loss, _, dw = run(x, w, y, backend, class_subset=torch.tensor(subset), reduction="none")
