@@ -1,10 +1,12 @@
-"""The forward, and topk: order of launches.
+"""The forward and topk: which launches they make, and in which order.
 
 B rows, padded to B_pad · C classes that take part · D features, padded to D_pad
 tiles: of classes, each leaving a sum (and a maximum) per row · eqs.: docs/math.md
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +15,33 @@ from expface_kernels.backends.base import INVALID_TARGET, Forward
 from expface_kernels.backends.triton import kernels, row_kernels
 from expface_kernels.backends.triton.calls import launch
 from expface_kernels.backends.triton.launch import LOG2_E, Call, Rows, cdiv
+from expface_kernels.backends.triton.tuning import Tile
 
 SUMMED = 16
 """Tiles whose sums, of at most 256 classes each, are added in float32."""
 
 
+class Span(NamedTuple):
+    """Consecutive classes that one launch goes over."""
+
+    start: int
+    stop: int
+    keep: bool
+    """Whether their exponentials go into the workspace."""
+    tile: Tile
+    first_tile: int
+    """Where the sums of their tiles begin."""
+
+    @property
+    def tiles(self) -> int:
+        return cdiv(self.stop - self.start, self.tile.bn)
+
+
 class ForwardCall(Call):
-    """Eqs. 2 to 4 in launches."""
+    """Launches the forward (eqs. 2 to 4) and the search for the nearest centers."""
 
     def forward(self) -> Forward:
-        """The op's outputs, eqs. 2 to 4."""
+        """Return the op's outputs."""
         plan, request = self.plan, self.request
         workspace = self.empty(plan.numel if request.keep else self.scratch_numel())
         hardest = self.empty(plan.rows if request.find_hardest else 0, torch.float64)
@@ -43,25 +62,21 @@ class ForwardCall(Call):
         return Forward(log_l, theta, workspace, nothing, hardest, found)
 
     def _negatives(self, rows: Rows, workspace: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """log l (B,) float64, and the hardest negative's cosine and class if asked for."""
-        plan, request = self.plan, self.request
+        """Return log l (B,) float64, and the hardest negative's cosine and class if asked for."""
+        plan, find_hardest = self.plan, self.request.find_hardest
         inv, shift, e = self.split(workspace)
-        kept = 0 if self.maxima else min(plan.kept, e.shape[0])
-        more = self.maxima or request.find_hardest
-        parts = [(0, kept, True), (kept, plan.classes, False)]
-        parts = [(start, stop, keep) for start, stop, keep in parts if start < stop]
-        tiles = [self.blocks.forward_more if keep or more else self.blocks.forward for *_, keep in parts]
-        counts = [cdiv(stop - start, t.bn) for (start, stop, _), t in zip(parts, tiles, strict=True)]
-        sums = self.empty((sum(counts), plan.rows_pad))
-        maxima = self.empty((sum(counts), plan.rows_pad)) if more else sums
-        args = self.empty((sum(counts), plan.rows_pad), torch.int32) if request.find_hardest else sums
+        spans = self._spans(0 if self.maxima else min(plan.kept, e.shape[0]))
+        tiles = sum(span.tiles for span in spans)
+        more = self.maxima or find_hardest
+        sums = self.empty((tiles, plan.rows_pad))
+        maxima = self.empty((tiles, plan.rows_pad)) if more else sums
+        args = self.empty((tiles, plan.rows_pad), torch.int32) if find_hardest else sums
         row_scale = (rows.inv * self.z_scale).float()
-        first = 0
-        for (start, stop, keep), tile, count in zip(parts, tiles, counts, strict=True):
+        for span in spans:
             launch(
                 kernels.forward_tile,
-                count * (plan.rows_pad // tile.bm),
-                tile,
+                span.tiles * (plan.rows_pad // span.tile.bm),
+                span.tile,
                 p_x=rows.operand,
                 p_row_scale=row_scale,
                 p_y=rows.labels,
@@ -70,21 +85,29 @@ class ForwardCall(Call):
                 p_sum=sums,
                 p_max=maxima,
                 p_arg=args,
-                p_e=e if keep else sums,
+                p_e=e if span.keep else sums,
                 B_pad=plan.rows_pad,
-                class_begin=start,
-                class_end=stop,
-                tile_begin=first,
+                class_begin=span.start,
+                class_end=span.stop,
+                tile_begin=span.first_tile,
                 MAXIMA=self.maxima,
-                HARDEST=request.find_hardest,
-                KEEP=keep,
-                INDEXED=self.subset is not None,
-                **self.centres(),
+                HARDEST=find_hardest,
+                KEEP=span.keep,
+                **self.listed_centres(),
                 **self.product(),
             )
-            first += count
-        best = self._hardest(maxima, args, rows) if request.find_hardest else None
+        best = self._hardest(maxima, args, rows) if find_hardest else None
         return _combine(sums, maxima if self.maxima else None)[: plan.rows], best
+
+    def _spans(self, kept: int) -> list[Span]:
+        """Split the classes into those whose exponentials are kept and the rest."""
+        plain = not (self.maxima or self.request.find_hardest)
+        spans: list[Span] = []
+        for start, stop, keep in ((0, kept, True), (kept, self.plan.classes, False)):
+            if start < stop:
+                tile = self.blocks.forward if plain and not keep else self.blocks.forward_more
+                spans.append(Span(start, stop, keep, tile, sum(span.tiles for span in spans)))
+        return spans
 
     def _hardest(self, maxima: Tensor, args: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         best, tile = maxima[:, : self.plan.rows].max(dim=0)
@@ -94,14 +117,14 @@ class ForwardCall(Call):
         return cos, torch.where(found < 0, -1, named)
 
     def _angles(self) -> Tensor:
-        """Target angles (B,) float64, radians (eq. 4)."""
+        """Return the target angles (B,) float64, radians (eq. 4)."""
         apart, together = self.empty(self.plan.rows, torch.float64), self.empty(self.plan.rows, torch.float64)
         self.launch_rows(row_kernels.pair_lengths, p_apart=apart, p_together=together, **self.pair())
         theta = torch.where(self.y >= 0, 2 * torch.atan2(apart, together), 0.0)
         return torch.where(self.y == INVALID_TARGET, torch.nan, theta)
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest cosines (B, k) float32 and their classes; a chunk of cosines at a time."""
+        """Return the k largest cosines (B, k) float32 and their classes; a chunk of cosines at a time."""
         plan, tile = self.plan, self.blocks.forward_more
         best = self.empty((plan.rows, 0))
         classes = self.empty((plan.rows, 0), torch.int64)
@@ -114,8 +137,6 @@ class ForwardCall(Call):
             for start in range(0, plan.classes, chunk):
                 stop = min(start + chunk, plan.classes)
                 cos = self.empty((plan.rows, stop - start))
-                centres = self.centres()
-                del centres["p_index"]
                 launch(
                     kernels.cosine_tile,
                     cdiv(stop - start, tile.bn) * (plan.rows_pad // tile.bm),
@@ -130,7 +151,7 @@ class ForwardCall(Call):
                     class_begin=start,
                     class_end=stop,
                     chunk=stop - start,
-                    **centres,
+                    **self.centres(),
                     **self.product(),
                 )
                 found_cos, found = cos.topk(min(k, stop - start), dim=1)
@@ -141,9 +162,9 @@ class ForwardCall(Call):
 
 
 def _combine(sums: Tensor, maxima: Tensor | None) -> Tensor:
-    """log l (B_pad,) float64 from tiles (tiles, B_pad) (eq. 3); −inf where nothing was summed.
+    """Combine tiles (tiles, B_pad) to log l (B_pad,) float64 (eq. 3); −inf where nothing was summed.
 
-    In the memory of the tiles, whose values are lost.
+    It works in the memory of the tiles, whose values are lost.
     """
     if maxima is None:
         return torch.log(_total(sums))
@@ -154,9 +175,9 @@ def _combine(sums: Tensor, maxima: Tensor | None) -> Tensor:
 
 
 def _total(sums: Tensor) -> Tensor:
-    """Σ over tiles (tiles, B_pad) float32 → (B_pad,) float64; SUMMED of them in float32 first.
+    """Add up tiles (tiles, B_pad) float32 to (B_pad,) float64, SUMMED of them in float32 first.
 
-    A sum that is asked for in float64 would begin with a float64 copy of all tiles.
+    torch's own sum in float64 would begin with a float64 copy of all tiles.
     """
     groups = sums.shape[0] // SUMMED
     whole = sums[: groups * SUMMED].view(groups, SUMMED, sums.shape[1]).sum(1)

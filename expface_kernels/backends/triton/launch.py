@@ -146,12 +146,12 @@ class Call:
         }
 
     def centres(self) -> dict[str, Any]:
-        return {
-            "p_w": self.w,
-            "p_index": self.index,
-            "stride_w": self.w.stride(0),
-            "stride_wd": self.w.stride(1),
-        }
+        """Arguments of kernels that read stored centers."""
+        return {"p_w": self.w, "stride_w": self.w.stride(0), "stride_wd": self.w.stride(1)}
+
+    def listed_centres(self) -> dict[str, Any]:
+        """The same for kernels that know lists of classes."""
+        return {**self.centres(), "p_index": self.index, "INDEXED": self.subset is not None}
 
     def product(self) -> dict[str, Any]:
         return {
