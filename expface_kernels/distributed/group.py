@@ -151,7 +151,7 @@ class Group:
     # The header of a step
 
     def exchange(self, x: Tensor, options: dict[str, str]) -> tuple[Tensor, list[int]]:
-        """The rows (B, D), cast as all ranks' are, and how many each rank has: one all_gather, read on the host.
+        """The rows (B, D), cast as all ranks' are, and how many each rank has: one all_gather, read here.
 
         ValueError on every rank where one is in `refuse_exchange` or where options differ; only then is text
         sent too. A rank without rows takes on the others' dtype and need of a gradient.

@@ -113,7 +113,7 @@ def test_angles_of_0_and_180_degrees_fall_into_the_last_bins() -> None:
     zeros, n = torch.zeros(2, dtype=F64), torch.tensor([1, 1])
     angle, cos = torch.tensor([0.0, math.pi], dtype=F64), torch.tensor([1 + 1e-7, -1 - 1e-7], dtype=F64)
     monitor = AngularMonitor(90)
-    monitor.update(BatchStats(angle, zeros, zeros, zeros, cos, n, torch.tensor([True, False]), zeros))
+    monitor.update(BatchStats(angle, zeros, zeros, zeros, cos, n, torch.tensor([True, False])))
     histogram = monitor.running().histogram
     assert histogram[0, 0] == histogram[89, 89] == 1
     assert histogram.sum() == 2
