@@ -7,6 +7,7 @@ label values are checked in ops.local_labels. Errors name the argument, what was
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import numbers
 import operator
@@ -111,11 +112,12 @@ def check_trained_alike(margin: Any) -> None:
         )
 
 
-def check_k(k: Any, classes: int) -> None:
+def check_k(k: Any, classes: int) -> int:
     """How many nearest classes are wanted: 1 ≤ k ≤ classes."""
-    check_integer("k", k, least=1)
+    k = check_integer("k", k, least=1)
     if k > classes:
         raise ValueError(f"k: expected at most the {classes} classes there are, got {k}")
+    return k
 
 
 def check_scale(scale: Any) -> None:
@@ -208,6 +210,17 @@ def check_margin(margin: Any) -> None:
         )
     if isinstance(margin, type):
         raise TypeError(f"margin: expected an instance such as {margin.__name__}(), got the class itself")
+    if torch.compiler.is_compiling():
+        return
+    with contextlib.suppress(ValueError):  # some built-in functions have no signature
+        signature = inspect.signature(getattr(margin, "forward", margin))
+        try:
+            signature.bind("theta")
+        except TypeError as error:
+            name = getattr(margin, "__name__", type(margin).__name__)
+            raise TypeError(
+                f"margin: expected a callable of theta alone, (B,) radians -> psi (B,), got {name}{signature}"
+            ) from error
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

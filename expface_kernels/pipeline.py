@@ -419,7 +419,7 @@ def topk_cosine(
     O(B·(k + D)).
     """
     check_rows_and_centres(embeddings, weight)
-    check_k(k, weight.shape[0])
+    k = check_k(k, weight.shape[0])
     name = backends.resolve(backend, embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         return backends.serving(name, embeddings, weight).topk(embeddings, weight, k)
@@ -436,7 +436,7 @@ def sharded_topk_cosine(
     local: Any = weight.to_local() if hasattr(weight, "to_local") else weight
     with _refusing(shard, options):
         _check_rows(embeddings, local, options, shard)
-        check_k(k, shard.num_classes)
+        k = check_k(k, shard.num_classes)
         told = {
             "num_classes": str(shard.num_classes),
             "backend": options.backend,

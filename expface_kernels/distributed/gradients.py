@@ -65,6 +65,8 @@ def clip_grad_norm_(
 def _number(name: str, value: Any) -> float:
     """Of whatever is one: also a tensor or an array of one element, or "inf", as torch takes it."""
     try:
+        if isinstance(value, str) and value != "inf":
+            raise TypeError("text")
         return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}") from error
