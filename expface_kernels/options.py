@@ -63,6 +63,10 @@ class LossOptions:
         check_embedding_grad_scale(self.embedding_grad_scale)
         check_flag("equal_rows", self.equal_rows)
 
+    def grad_scale(self, ranks: int) -> float:
+        """What multiplies the embeddings' gradient on so many ranks."""
+        return float(ranks) if self.embedding_grad_scale is None else self.embedding_grad_scale
+
     def replace(self, **changed: Any) -> LossOptions:
         """The same with some of them changed, and checked."""
         return dataclasses.replace(self, **changed)

@@ -13,15 +13,12 @@ y: labels as the op takes them, a position, NO_TARGET or INVALID_TARGET
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from expface_kernels import backends, ops
 from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, Forward, Request
@@ -34,7 +31,9 @@ from expface_kernels.checks import (
     check_trained_alike,
 )
 from expface_kernels.distributed.group import Group, telling
+from expface_kernels.distributed.module import NoClasses, SameWeight
 from expface_kernels.distributed.ranges import ClassRange
+from expface_kernels.distributed.row_margins import row_similarity
 from expface_kernels.margins import (
     MarginFunction,
     as_tensor,
@@ -111,10 +110,13 @@ def loss_step(
     n = look(batch.x, local, y, counted, subset, options, find_hardest=return_stats)
     log_l, theta = n.log_l, n.theta
     if local is not weight and log_l.requires_grad:
-        log_l = _SameWeight.apply(log_l, [weight])
+        log_l = SameWeight.apply(log_l, [weight])
     if group is not None:
         log_l, theta = group.combine(log_l, theta, options.scale)
-    psi = _similarity(margin, theta, batch, options, group)
+    if group is None or not is_per_row(margin) or theta.shape[0] == 0:
+        psi = target_similarity(margin, theta, options.target_gradient)
+    else:
+        psi = row_similarity(margin, theta, batch.rows, options, group)
     losses = row_losses(log_l, psi, counted, options.scale)
     loss = reduce_rows(losses, counted, options.reduction)
     if options.reduction == "none" and group is not None:
@@ -198,17 +200,13 @@ def _told(
         "reduction": options.reduction,
         "target_gradient": options.target_gradient,
         "sample_rate": str(options.sample_rate if sample is not None else 1.0),
-        "embedding_grad_scale": str(_grad_scale(options, shard.group)),
+        "embedding_grad_scale": str(options.grad_scale(shard.group.size)),
         "backend": options.backend,
         **(agreed or {}),
         "grad_enabled": str(torch.is_grad_enabled()),
         "call": "loss",
         "return_stats": str(return_stats),
     }
-
-
-def _grad_scale(options: LossOptions, group: Group) -> float:
-    return float(group.size) if options.embedding_grad_scale is None else options.embedding_grad_scale
 
 
 def _all_rows(
@@ -222,7 +220,7 @@ def _all_rows(
     rows = [x.shape[0]] * group.size
     if not options.equal_rows:
         x, rows = group.exchange(x, told)
-    x = group.gather_embeddings(x, rows, _grad_scale(options, group))
+    x = group.gather_embeddings(x, rows, options.grad_scale(group.size))
     y = x.new_empty(0, dtype=torch.int64) if y is None else group.gather(y, rows)
     return Batch(x, y, group.own_slice(rows), rows)
 
@@ -308,86 +306,8 @@ def no_negatives(
     x: Tensor, w: Tensor, y: Tensor, counted: Tensor, *unused: Any, find_hardest: bool = False
 ) -> Negatives:
     """`negatives` of a shard without classes, which skips the op."""
-    log_l, theta = _NoClasses.apply(x, w)
+    log_l, theta = NoClasses.apply(x, w)
     return Negatives(log_l, theta, log_l.detach(), torch.full_like(y, -1))
-
-
-class _NoClasses(torch.autograd.Function):
-    """What a shard without classes adds: nothing, but its gradients are there, 0, for the collectives and
-    the optimizer to find."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, w)
-        rows = x.shape[0]
-        return x.new_full((rows,), -torch.inf, dtype=torch.float64), x.new_zeros(rows, dtype=torch.float64)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_log_l: Tensor, g_theta: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return torch.zeros_like(x), torch.zeros_like(w)
-
-
-class _SameWeight(torch.autograd.Function):
-    """Identity whose backward refuses a sharded weight that an optimizer has changed since.
-
-    torch sees that on a plain weight; what `to_local()` gives has a version counter of its own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, log_l: Tensor, weights: list[Tensor]) -> Tensor:
-        ctx.weight, ctx.version = weights[0], weights[0]._version  # in a list: not saved, only looked at
-        return log_l.view_as(log_l)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        if ctx.weight._version != ctx.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace "
-                f"operation: the head's weight is at version {ctx.weight._version}; expected version "
-                f"{ctx.version}. Call backward before the optimizer steps"
-            )
-        return g, None
-
-
-def _similarity(
-    margin: MarginFunction, theta: Tensor, batch: Batch, options: LossOptions, group: Group | None
-) -> Tensor:
-    """psi (N,). A margin that knows more of a row than its angle runs on the row's own rank: one all_gather
-    of psi, and of its slope where the gradient is exact."""
-    if group is None or not is_per_row(margin) or theta.shape[0] == 0:
-        return target_similarity(margin, theta, options.target_gradient)
-    exact = options.target_gradient == "exact" and torch.is_grad_enabled()
-    refuse = functools.partial(group.refuse_gather, 2 if exact else 1, batch.rows)
-    with telling(None if options.equal_rows else refuse):
-        own_psi, sent = _own_similarity(theta[batch.own].detach(), margin, exact)
-    gather = group.gather if options.equal_rows else group.gather_or_refuse
-    gathered = gather(sent, batch.rows)
-    psi = gathered[:, 0]
-    if exact:
-        psi = psi + gathered[:, 1] * (theta - theta.detach())
-    else:
-        cos = torch.cos(theta)
-        psi = psi + cos - cos.detach()
-    # The value stands; this adds the gradient to what the margin holds of its own rows.
-    own = _grad_scale(options, group) * (own_psi - own_psi.detach())
-    return psi + F.pad(own, (batch.own.start, theta.shape[0] - batch.own.stop))
-
-
-def _own_similarity(angle: Tensor, margin: MarginFunction, exact: bool) -> tuple[Tensor, Tensor]:
-    """psi (B,) of this rank's angles (B,), and (B, 1) float64 of its values, or (B, 2) with its slopes."""
-    angle = angle.requires_grad_(exact)
-    psi = target_similarity(margin, angle, "exact")
-    sent = [psi.detach()]
-    if exact:
-        slope = torch.zeros_like(angle)
-        if psi.requires_grad:
-            found = torch.autograd.grad(psi.sum(), angle, retain_graph=True, allow_unused=True)[0]
-            slope = slope if found is None else found
-        sent.append(slope)
-    return psi, torch.stack([values.to(angle.dtype) for values in sent], 1)
 
 
 def row_losses(log_l: Tensor, psi: Tensor, counted: Tensor, scale: float) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from expface_kernels.distributed.group import Group
 from expface_kernels.distributed.ranges import ClassRange
@@ -200,3 +201,43 @@ _FSDP_MESSAGE = (
     "FSDP: expected a module without a sharded head, got one. Each rank holds classes of its own already, "
     "which FSDP would cut again: shard the backbone only, or fully_shard(model, ignored_params={head.weight})"
 )
+
+
+class NoClasses(torch.autograd.Function):
+    """What a shard without classes adds: nothing, but its gradients are there, 0, for the collectives and
+    the optimizer to find."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, w)
+        rows = x.shape[0]
+        return x.new_full((rows,), -torch.inf, dtype=torch.float64), x.new_zeros(rows, dtype=torch.float64)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_log_l: Tensor, g_theta: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return torch.zeros_like(x), torch.zeros_like(w)
+
+
+class SameWeight(torch.autograd.Function):
+    """Identity whose backward refuses a sharded weight that an optimizer has changed since.
+
+    torch sees that on a plain weight; what `to_local()` gives has a version counter of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_l: Tensor, weights: list[Tensor]) -> Tensor:
+        ctx.weight, ctx.version = weights[0], weights[0]._version  # in a list: not saved, only looked at
+        return log_l.view_as(log_l)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        if ctx.weight._version != ctx.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: the head's weight is at version {ctx.weight._version}; expected version "
+                f"{ctx.version}. Call backward before the optimizer steps"
+            )
+        return g, None
