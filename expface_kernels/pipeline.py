@@ -176,9 +176,10 @@ def _checked_labels(
     """(B,) int64 as `Batch` has them, where they and the margin fit this rank's rows."""
     check_labels(labels, x)
     check_class_subset(class_subset, local)
-    check_num_rows(margin, x.shape[0])
-    if shard is not None and shard.group.size > 1:
-        check_trained_alike(margin)
+    if shard is not None:  # elsewhere a margin of one's own may hold a table, which is no value per row
+        check_num_rows(margin, x.shape[0])
+        if shard.group.size > 1:
+            check_trained_alike(margin)
     num_classes = local.shape[0] if shard is None else shard.num_classes
     return ops.local_labels(labels.reshape(-1), class_subset, num_classes, options.ignore_index)
 
