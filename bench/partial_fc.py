@@ -32,7 +32,7 @@ from bench.commands.options import OUT, file_to_write, in_out
 from bench.measure import Spread, no_garbage_collection, turn
 from bench.memory import resident_growth, unavailable
 from expface_kernels import MarginSoftmaxHead, reference
-from expface_kernels.partial_fc.sampling import Sampler
+from expface_kernels.distributed.sampling import Sampler
 from tests.tolerances import CAPS, relative_error
 
 SCHEMA = 1

@@ -7,8 +7,11 @@ label values are checked in ops.local_labels. Errors name the argument, what was
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
+import numbers
 import operator
+import warnings
 from typing import Any
 
 import torch
@@ -38,6 +41,8 @@ def check_rows_and_centres(embeddings: Any, weight: Any) -> None:
     """embeddings (B, D) and weight (C, D): two floating point matrices on one device, C and D at least 1."""
     for name, value, shape in (("embeddings", embeddings, "(B, D)"), ("weight", weight, "(C, D)")):
         _check_tensor(name, value, shape)
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
         if value.dim() != 2:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
         if value.dtype not in FLOATS:
@@ -107,11 +112,12 @@ def check_trained_alike(margin: Any) -> None:
         )
 
 
-def check_k(k: Any, classes: int) -> None:
+def check_k(k: Any, classes: int) -> int:
     """How many nearest classes are wanted: 1 ≤ k ≤ classes."""
-    check_integer("k", k, least=1)
+    k = check_integer("k", k, least=1)
     if k > classes:
         raise ValueError(f"k: expected at most the {classes} classes there are, got {k}")
+    return k
 
 
 def check_scale(scale: Any) -> None:
@@ -124,26 +130,22 @@ def check_scale(scale: Any) -> None:
         raise ValueError(f"scale: expected {low:g} to {high:g}, where float32 suffices, got {scale}")
 
 
-def check_options(
-    margin: Any,
-    reduction: Any,
-    ignore_index: Any,
-    target_gradient: Any,
-    gradient_tolerance: Any,
-    workspace_bytes: Any,
-) -> None:
-    """The options that a head and the function share."""
-    check_margin(margin)
-    check_reduction(reduction)
-    check_target_gradient(target_gradient)
-    check_gradient_tolerance(gradient_tolerance)
-    check_integer("ignore_index", ignore_index)
-    check_workspace_bytes(workspace_bytes)
-
-
 def check_workspace_bytes(workspace_bytes: Any) -> None:
     """0 or more, of which an op of torch takes 63 bits."""
     check_integer("workspace_bytes", workspace_bytes, least=0, most=LARGEST_INTEGER)
+
+
+def check_device(device: Any) -> None:
+    """None, or a device that torch knows and that is there."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        text = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: expected one that is there, such as 'cpu', got {device!r}: {text}"
+        ) from error
 
 
 def check_process_group(process_group: Any) -> None:
@@ -164,12 +166,16 @@ def check_target_gradient(target_gradient: Any) -> None:
 
 
 def check_gradient_tolerance(gradient_tolerance: Any) -> None:
-    """0, until there is more."""
-    check_number("gradient_tolerance", gradient_tolerance)
-    if gradient_tolerance != 0:
+    """0, which is what every gradient is computed with anyway: accepted with a DeprecationWarning."""
+    if check_number("gradient_tolerance", gradient_tolerance) != 0:
         raise ValueError(
             f"gradient_tolerance: expected 0 (exact), the only one this version has, got {gradient_tolerance}"
         )
+    warnings.warn(
+        "gradient_tolerance: has no effect and will be removed; leave it out",
+        DeprecationWarning,
+        stacklevel=3,
+    )
 
 
 def check_sample_rate(sample_rate: Any) -> None:
@@ -204,6 +210,17 @@ def check_margin(margin: Any) -> None:
         )
     if isinstance(margin, type):
         raise TypeError(f"margin: expected an instance such as {margin.__name__}(), got the class itself")
+    if torch.compiler.is_compiling():
+        return
+    with contextlib.suppress(ValueError):  # some built-in functions have no signature
+        signature = inspect.signature(getattr(margin, "forward", margin))
+        try:
+            signature.bind("theta")
+        except TypeError as error:
+            name = getattr(margin, "__name__", type(margin).__name__)
+            raise TypeError(
+                f"margin: expected a callable of theta alone, (B,) radians -> psi (B,), got {name}{signature}"
+            ) from error
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -213,24 +230,29 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def as_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """A Python int of what is one: numpy's integers too, and an integer tensor of one value."""
-    with contextlib.suppress(TypeError):
-        value = value if isinstance(value, bool) else operator.index(value)
-    check_integer(name, value, least, most)
-    return int(value)
+    if type(value) is not int and not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            value = operator.index(value)
+    return check_integer(name, value, least, most)
 
 
-def check_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """A Python int of an integer, numpy's too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-    if least is not None and value < least:
+    number = int(value)
+    if least is not None and number < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if most is not None and value > most:
+    if most is not None and number > most:
         raise ValueError(f"{name}: expected at most 2**{most.bit_length()} - 1, got {value}")
+    return number
 
 
-def check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_number(name: str, value: Any) -> float:
+    """A Python int or float of a number, numpy's too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 def _check_tensor(name: str, value: Any, shape: str) -> None:

@@ -1,40 +1,33 @@
-"""Loss heads: modules that own the class centres. No maths here; functional.py and partial_fc/ have it.
+"""Loss heads: modules that own the class centres. No maths here; functional.py has it.
 
 B rows of this process · C classes · D features
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from expface_kernels import backends
 from expface_kernels.checks import (
     FLOATS,
     LARGEST_TENSOR,
     as_integer,
-    check_embedding_grad_scale,
+    check_device,
     check_flag,
     check_gradient_tolerance,
-    check_integer,
     check_margin,
-    check_reduction,
-    check_sample_rate,
-    check_scale,
-    check_target_gradient,
-    check_workspace_bytes,
 )
-from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, margin_cross_entropy, topk_cosine
+from expface_kernels.distributed.group import Group
+from expface_kernels.distributed.module import CentreModule, initialize, sharded_parameter
+from expface_kernels.distributed.ranges import ClassRange, shard_ranges
+from expface_kernels.distributed.sampling import LARGEST_SEED, Sampler
 from expface_kernels.margins import ExpFace, MarginFunction, describe
-from expface_kernels.partial_fc.centres import initialize, sharded_parameter
-from expface_kernels.partial_fc.comm import Ranks
-from expface_kernels.partial_fc.loss import Setting, partial_loss, partial_topk
-from expface_kernels.partial_fc.module import CentreModule
-from expface_kernels.partial_fc.ranges import ClassRange, shard_ranges
-from expface_kernels.partial_fc.sampling import Sampler
+from expface_kernels.options import DEFAULT_WORKSPACE_BYTES, LossOptions
+from expface_kernels.pipeline import Shard, in_backward, loss_step, sharded_topk_cosine, topk_cosine
 from expface_kernels.stats import BatchStats
 
 STEP_KEY = "sampling_step"
@@ -67,7 +60,7 @@ class MarginSoftmaxHead(CentreModule):
             classes take part, without sampling and in `eval()`, it has all rows and saves nothing. Off, it is
             dense, and zero elsewhere: an optimizer with momentum or decay moves those rows too.
         target_gradient: "detached" (default) or "exact"; docs/math.md section 4 says what the choice does.
-        gradient_tolerance: 0, exact; other values are not offered yet.
+        gradient_tolerance: deprecated, without effect: 0 is accepted with a DeprecationWarning.
         process_group: the ranks that share the classes; `weight` is then a DTensor, Shard(0). All ranks
             build the head alike, or all get a ValueError that names ranks and values.
         embedding_grad_scale: with process_group, what multiplies the gradient of the embeddings and of a
@@ -80,20 +73,21 @@ class MarginSoftmaxHead(CentreModule):
         device, dtype: of the centres; None is torch's default, or with an NCCL group the current GPU.
     """
 
-    CHECKS: ClassVar[dict[str, Callable[[Any], None]]] = {
-        "margin": check_margin,
-        "scale": check_scale,
-        "reduction": check_reduction,
-        "sample_rate": check_sample_rate,
-        "sparse_grad": lambda value: check_flag("sparse_grad", value),
-        "ignore_index": lambda value: check_integer("ignore_index", value),
-        "target_gradient": check_target_gradient,
-        "gradient_tolerance": check_gradient_tolerance,
-        "embedding_grad_scale": check_embedding_grad_scale,
-        "equal_rows": lambda value: check_flag("equal_rows", value),
-        "workspace_bytes": check_workspace_bytes,
-        "backend": backends.check_name,
-    }
+    CHECKS: ClassVar[dict[str, Callable[[Any], object]]] = {"margin": check_margin}
+    FIXED: ClassVar[tuple[str, ...]] = ("num_classes", "embedding_size", "seed")
+
+    margin: MarginFunction
+    # Each of these reads and replaces one field of `_options`; see the end of this file.
+    scale: float
+    reduction: str
+    ignore_index: int
+    target_gradient: str
+    sample_rate: float
+    sparse_grad: bool
+    embedding_grad_scale: float | None
+    equal_rows: bool
+    workspace_bytes: int
+    backend: str
 
     def __init__(
         self,
@@ -107,7 +101,7 @@ class MarginSoftmaxHead(CentreModule):
         sparse_grad: bool = False,
         ignore_index: int = -100,
         target_gradient: str = "detached",
-        gradient_tolerance: float = 0.0,
+        gradient_tolerance: float | None = None,
         process_group: Any = None,
         embedding_grad_scale: float | None = None,
         equal_rows: bool = False,
@@ -118,32 +112,40 @@ class MarginSoftmaxHead(CentreModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._ranks = None if process_group is None else Ranks(process_group)
+        self._group = None if process_group is None else Group(process_group)
         try:
             embedding_size = as_integer("embedding_size", embedding_size, least=1)
             num_classes = as_integer("num_classes", num_classes, least=1)
             seed = as_integer("seed", seed)
+            if not -LARGEST_SEED <= seed <= LARGEST_SEED:
+                raise ValueError(f"seed: expected -2**63 < seed < 2**63, got {seed}")
+            check_device(device)
             if dtype is not None and dtype not in FLOATS:
                 came = dtype if isinstance(dtype, torch.dtype) else f"{type(dtype).__name__} {dtype!r}"
                 raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {came}")
             if embedding_size * num_classes > LARGEST_TENSOR:
                 size = f"{embedding_size}·{num_classes}"
                 raise ValueError(f"num_classes: expected at most 2**59 numbers of centres, got {size}")
+            if gradient_tolerance is not None:
+                check_gradient_tolerance(gradient_tolerance)
             self.embedding_size = embedding_size
             self.num_classes = num_classes
-            self.margin = ExpFace() if margin is None else margin
-            self.scale = scale
-            self.reduction = reduction
-            self.sample_rate = sample_rate
-            self.sparse_grad = sparse_grad
-            self.ignore_index = ignore_index
-            self.target_gradient = target_gradient
-            self.gradient_tolerance = gradient_tolerance
-            self.embedding_grad_scale = embedding_grad_scale
-            self.equal_rows = equal_rows
-            self.workspace_bytes = workspace_bytes
-            self.backend = backend
             self.seed = seed
+            self.margin = ExpFace() if margin is None else margin
+            self._set_options(
+                LossOptions(
+                    scale=scale,
+                    reduction=reduction,
+                    ignore_index=ignore_index,
+                    target_gradient=target_gradient,
+                    workspace_bytes=workspace_bytes,
+                    backend=backend,
+                    sample_rate=sample_rate,
+                    sparse_grad=sparse_grad,
+                    embedding_grad_scale=embedding_grad_scale,
+                    equal_rows=equal_rows,
+                )
+            )
             told = self._construction(dtype)
         except Exception as error:
             self._tell_of_failure(error)
@@ -159,21 +161,36 @@ class MarginSoftmaxHead(CentreModule):
         return {**told, "margin": describe(self.margin), "dtype": str(dtype or torch.get_default_dtype())}
 
     def _make_weight(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        ranks = self._ranks
+        group = self._group
         self._shard = ClassRange(0, self.num_classes)
-        if ranks is None:
+        if group is None:
             whole = torch.empty(self.num_classes, self.embedding_size, device=device, dtype=dtype)
             self.weight = nn.Parameter(whole)
             return
-        self._shard = shard_ranges(self.num_classes, ranks.size)[ranks.rank]
-        if device is None and ranks.device.type != "cpu":
-            device = ranks.device
+        self._shard = shard_ranges(self.num_classes, group.size)[group.rank]
+        if device is None and group.device.type != "cpu":
+            device = group.device
         local = torch.empty(self._shard.size, self.embedding_size, device=device, dtype=dtype)
-        self.weight = sharded_parameter(local, self.num_classes, ranks)
+        self.weight = sharded_parameter(local, self.num_classes, group)
 
-    def _check_assigned(self, name: str, value: Any) -> None:
-        super()._check_assigned(name, value)
-        _check_group_option(name, value, self._ranks)
+    def _set_options(self, options: LossOptions) -> None:
+        """No option without an effect, and no sparse gradient of a DTensor, which has none."""
+        if self._group is not None and options.sparse_grad:
+            raise ValueError("sparse_grad: expected False with process_group (weight is a DTensor), got True")
+        for name, default in (("embedding_grad_scale", None), ("equal_rows", False)):
+            value = getattr(options, name)
+            if self._group is None and value is not default:
+                raise ValueError(f"{name}: expected {default} without process_group, got {value}")
+        self._options = options
+
+    @property
+    def gradient_tolerance(self) -> float:
+        """0: deprecated, without effect."""
+        return 0.0
+
+    @gradient_tolerance.setter
+    def gradient_tolerance(self, value: float) -> None:
+        check_gradient_tolerance(value)
 
     def reset_parameters(self) -> None:
         """Draw the centres anew from `seed`: the same ones on every device and for every number of ranks."""
@@ -185,7 +202,7 @@ class MarginSoftmaxHead(CentreModule):
     def local_weight(self) -> Tensor:
         """The (num_local, D) centres of this process, a plain tensor; without process_group all of them."""
         weight: Any = self.weight
-        local: Tensor = weight if self._ranks is None else weight.to_local()
+        local: Tensor = weight if self._group is None else weight.to_local()
         return local
 
     @property
@@ -193,62 +210,67 @@ class MarginSoftmaxHead(CentreModule):
         """Samples drawn so far; with `seed` and the rank it determines the next. Part of the state_dict."""
         return self._step
 
+    @overload
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, *, return_stats: Literal[False] = False
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, *, return_stats: Literal[True]
+    ) -> tuple[Tensor, BatchStats]: ...
+    @overload
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, *, return_stats: bool
+    ) -> Tensor | tuple[Tensor, BatchStats]: ...
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, BatchStats]:
         """Loss of embeddings (B, D) with labels (B,) or (B, 1); with `return_stats` (loss, BatchStats)."""
-        setting = self._setting()
-        if setting.ranks is not None or setting.sample is not None or setting.sparse_grad:
-            result = partial_loss(embeddings, self.local_weight, labels, setting, return_stats=return_stats)
-            if setting.sample is not None:
-                self._step += 1
-            return result
-        return margin_cross_entropy(
+        check_flag("return_stats", return_stats)
+        sample = self._sampler()
+        result = loss_step(
             embeddings,
             self.weight,
             labels,
             self.margin,
-            scale=self.scale,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            target_gradient=self.target_gradient,
-            gradient_tolerance=self.gradient_tolerance,
-            workspace_bytes=self.workspace_bytes,
-            backend=self.backend,
+            self._options,
+            shard=self._own_shard(),
+            sample=sample,
             return_stats=return_stats,
         )
+        if sample is not None and sample.step == self._step:
+            self._step += 1
+        return result
 
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Cosines (B, k), falling, and classes (B, k) int64 of the nearest centres; no margin or gradient.
 
         With process_group every rank calls it with its own rows, and gets classes of all ranks.
         """
-        if self._ranks is None:
+        shard = self._own_shard()
+        if shard is None:
             return topk_cosine(embeddings, self.weight, k, backend=self.backend)
-        return partial_topk(embeddings, self.local_weight, k, self._setting())
+        return sharded_topk_cosine(embeddings, self.weight, k, self._options, shard)
 
-    def _setting(self) -> Setting:
-        sample = None
-        if self.training and self.sample_rate < 1:
-            rank = 0 if self._ranks is None else self._ranks.rank
-            sample = Sampler(self.sample_rate, self.seed, self._step, rank)
-        return Setting(
-            num_classes=self.num_classes,
-            shard=self._shard,
-            margin=self.margin,
-            scale=self.scale,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            target_gradient=self.target_gradient,
-            workspace_bytes=self.workspace_bytes,
-            backend=self.backend,
-            ranks=self._ranks,
-            sample=sample,
-            sample_rate=self.sample_rate,
-            sparse_grad=self.sparse_grad,
-            embedding_grad_scale=self.embedding_grad_scale,
-            equal_rows=self.equal_rows,
-        )
+    def _own_shard(self) -> Shard | None:
+        return None if self._group is None else Shard(self._group, self.num_classes, self._shard)
+
+    def _sampler(self) -> Sampler | None:
+        """What draws the classes of this step: where a forward is run again, those that it had."""
+        if not self.training or self.sample_rate == 1:
+            return None
+        rank = 0 if self._group is None else self._group.rank
+        again = self._step > 0 and in_backward()
+        return Sampler(self.sample_rate, self.seed, self._step - again, rank)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_options" not in state:  # pickled by an earlier version, with an attribute for each option
+            state = dict(state)
+            names = [field.name for field in dataclasses.fields(LossOptions)]
+            state["_options"] = LossOptions(**{name: state.pop(name) for name in names if name in state})
+            state.pop("gradient_tolerance", None)
+            state["_group"] = state.pop("_ranks")
+        super().__setstate__(state)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -265,8 +287,8 @@ class MarginSoftmaxHead(CentreModule):
     def extra_repr(self) -> str:
         margin = "" if isinstance(self.margin, nn.Module) else f", margin={self.margin!r}"
         shared = "" if self.sample_rate == 1 else f"sample_rate={self.sample_rate}, "
-        if self._ranks is not None:
-            shared += f"classes {self._shard.start} to {self._shard.stop} of rank {self._ranks.rank}, "
+        if self._group is not None:
+            shared += f"classes {self._shard.start} to {self._shard.stop} of rank {self._group.rank}, "
         return (
             f"embedding_size={self.embedding_size}, num_classes={self.num_classes}{margin}, "
             f"scale={self.scale}, reduction={self.reduction!r}, target_gradient={self.target_gradient!r}, "
@@ -274,14 +296,19 @@ class MarginSoftmaxHead(CentreModule):
         )
 
 
-def _check_group_option(name: str, value: Any, ranks: Ranks | None) -> None:
-    """No option without an effect, and no sparse gradient of a DTensor, which has none."""
-    if name == "sparse_grad" and value and ranks is not None:
-        raise ValueError("sparse_grad: expected False with process_group (weight is a DTensor), got True")
-    default = {"embedding_grad_scale": None, "equal_rows": False}.get(name, value)
-    if ranks is None and value is not default:
-        raise ValueError(f"{name}: expected {default} without process_group, got {value}")
+def _option(name: str) -> property:
+    def get(head: MarginSoftmaxHead) -> Any:
+        return getattr(head._options, name)
 
+    def set_(head: MarginSoftmaxHead, value: Any) -> None:
+        head._set_options(head._options.replace(**{name: value}))
+
+    return property(get, set_, doc=f"The option `{name}` of the next step; a wrong value raises at once.")
+
+
+for _name in (field.name for field in dataclasses.fields(LossOptions)):
+    if _name in MarginSoftmaxHead.__annotations__:
+        setattr(MarginSoftmaxHead, _name, _option(_name))
 
 # What the ranks of a group must build alike, beside the margin and the dtype.
 _BUILT_ALIKE = (

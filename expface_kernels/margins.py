@@ -11,6 +11,7 @@ B rows · theta target angle in [0, π], radians · psi similarity, cosine units
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -33,6 +34,8 @@ class Margin:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.ranges:
             _check_parameter(type(self).__name__, name, value, *self.ranges[name])
+            if not isinstance(value, (int, float, Tensor)):
+                value = float(value)  # numpy's, whose product with a tensor is an array
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -64,15 +67,16 @@ def _check_parameter(
             for extreme in value.detach().aminmax():
                 _check_parameter(owner, name, float(extreme), low, high, low_in, high_in)
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner}: {name} must be a float or a (B,) tensor, got {type(value).__name__}")
-    above = value >= low if low_in else value > low
-    below = value <= high if high_in else value < high
+    number = float(value)
+    above = number >= low if low_in else number > low
+    below = number <= high if high_in else number < high
     if not (above and below):
         left, right = ("[" if low_in else "("), ("]" if high_in else ")")
         hint = ""
-        if high == math.pi and value >= math.pi:
-            hint = f"; it is in radians, not degrees ({value} degrees are {math.radians(value):.4g} radians)"
+        if high == math.pi and number >= math.pi:
+            hint = f"; it is in radians, not degrees ({value} degrees are {math.radians(number):.4g} radians)"
         raise ValueError(f"{owner}: {name} must be in {left}{low:.6g}, {high:.6g}{right}, got {value}{hint}")
 
 

@@ -27,15 +27,17 @@ def local_labels(labels: Tensor, class_subset: Tensor | None, num_classes: int, 
     unless EXPFACE_CHECK_LABELS=1, such a label becomes −2 instead, and its row's loss NaN; where the subset
     itself is wrong (out of range, not sorted, repeated), every label that is not ignored does.
     """
-    labels = labels.long()
+    came, labels = labels, labels.long()
     ignored = labels == ignore_index
+    if came.dtype == torch.uint64:
+        ignored &= ignore_index >= 0  # past 2^63 they are negative by now, and not what ignore_index means
     wrong = ~ignored & ((labels < 0) | (labels >= num_classes))
     raises = on_cpu(labels) or os.environ.get("EXPFACE_CHECK_LABELS") == "1"
     if raises and bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"labels: expected 0 <= label < {num_classes} or ignore_index={ignore_index}, "
-            f"got {int(labels[row])} in row {row}"
+            f"got {came[row].item()} in row {row}"
         )
     positions = labels
     if class_subset is not None:
@@ -75,8 +77,8 @@ def _out_of_order(class_subset: Tensor) -> Tensor:
 def _about_subset(class_subset: Tensor, num_classes: int) -> str:
     return (
         f"class_subset: expected sorted classes without repeats in [0, {num_classes}), "
-        f"got {class_subset.shape[0]} from {int(class_subset.min())} to {int(class_subset.max())}"
-        + (", not sorted or repeated" if bool(_out_of_order(class_subset)) else "")
+        f"got {class_subset.shape[0]} classes from {int(class_subset.min())} to {int(class_subset.max())}"
+        + (", some of them repeated or not in order" if bool(_out_of_order(class_subset)) else "")
     )
 
 

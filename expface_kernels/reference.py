@@ -77,8 +77,8 @@ def margin_cross_entropy(
 ) -> Tensor | tuple[Tensor, BatchStats]:
     """The same loss as `expface_kernels.margin_cross_entropy`, with the same arguments less `backend`.
 
-    Neither `gradient_tolerance` nor `workspace_bytes` changes anything here: the reference is exact and
-    always holds all its logits, (B, C) in several copies. Assumes valid arguments.
+    Neither `gradient_tolerance` (deprecated) nor `workspace_bytes` changes anything here: the reference holds
+    all its logits, (B, C) in several copies. Assumes valid arguments.
     """
     margin = ExpFace() if margin is None else margin
     labels = labels.reshape(-1).long()

@@ -28,8 +28,6 @@ class BatchStats(NamedTuple):
     """(B,) int64, that class; −1 where there is none."""
     correct: Tensor
     """(B,) bool: without any margin, the row's own class is the nearest one."""
-    dropped_mass: Tensor
-    """(B,) softmax mass that `gradient_tolerance` left out of the row's gradient; 0 when exact."""
 
 
 def reduce_rows(rows: Tensor, counted: Tensor, reduction: str) -> Tensor:
@@ -63,5 +61,4 @@ def batch_stats(
         hardest_negative_cos=hardest_cos + nan,
         hardest_negative_class=torch.where(none, -1, hardest),
         correct=counted & (target_cos > hardest_cos),
-        dropped_mass=nan,
     )

@@ -311,8 +311,6 @@ def test_no_probability_of_an_unlearnt_row_is_too_small_to_count(backend: str) -
     got = step(x.float(), w.float(), y, NormFace(), backend=backend, **options)
     for name, value, right in zip(("loss", "dx", "dw"), got, exact, strict=True):
         assert_close(value, right, dtype=torch.float32, what=name)
-    stats = margin_cross_entropy(x, w, y, NormFace(), backend=backend, return_stats=True, **options)[1]
-    assert (stats.dropped_mass == 0).all()
 
 
 @pytest.mark.parametrize("margin", [ExpFace(), ArcFace(), CosFace(), NormFace()], ids=repr)

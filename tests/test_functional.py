@@ -20,9 +20,9 @@ from expface_kernels import (
     CosFace,
     ExpFace,
     NormFace,
-    functional,
     margin_cross_entropy,
     ops,
+    pipeline,
     reference,
 )
 from tests.cases import MARGINS, batch, leaves, truth
@@ -169,13 +169,13 @@ def test_a_class_subset_is_copied_where_bad_ones_are_not_refused(
     on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[Tensor] = []
-    negatives_of = functional.negatives_of
+    negatives = pipeline.negatives
 
-    def seen(*args: Any, class_subset: Tensor, **options: Any) -> Any:
-        taken.append(class_subset)
-        return negatives_of(*args, class_subset=class_subset, **options)
+    def seen(*args: Any, **options: Any) -> Any:
+        taken.append(args[4])
+        return negatives(*args, **options)
 
-    monkeypatch.setattr(functional, "negatives_of", seen)
+    monkeypatch.setattr(pipeline, "negatives", seen)
     monkeypatch.setattr(ops, "on_cpu", lambda values: on_cpu)
     x, w, _ = small()
     subset = torch.tensor([0, 5, 19 if on_cpu else 2**40])

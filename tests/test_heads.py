@@ -120,7 +120,6 @@ def test_a_schedule_of_margin_and_scale_equals_a_fresh_head_at_each_step() -> No
         ("reduction", "max"),
         ("ignore_index", 0.5),
         ("target_gradient", "published"),
-        ("gradient_tolerance", 0.1),
         ("sample_rate", 0.0),
         ("sample_rate", 1.5),
         ("sample_rate", True),

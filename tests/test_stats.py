@@ -44,7 +44,6 @@ def _brute_force(
                 "hardest_negative_cos": best,
                 "hardest_negative_class": hardest,
                 "correct": float(torch.cos(theta)) > best,
-                "dropped_mass": 0.0,
             }
         )
     return rows
@@ -54,7 +53,6 @@ def _assert_stats(stats: BatchStats, rows: list[dict[str, Any]], dtype: torch.dt
     expected = {name: [row[name] for row in rows] for name in BatchStats._fields}
     assert stats.hardest_negative_class.tolist() == expected["hardest_negative_class"]
     assert stats.correct.tolist() == expected["correct"]
-    assert torch.equal(stats.dropped_mass, torch.zeros(len(rows), dtype=F64))
     for name in ("target_angle", "target_cos", "margin_cos"):  # the target path is float64 always
         assert_close(getattr(stats, name), torch.tensor(expected[name], dtype=F64), dtype=F64, what=name)
     for name in ("lse", "hardest_negative_cos"):

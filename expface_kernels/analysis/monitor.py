@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from expface_kernels.analysis.angle_counts import FINE, AngleCounts, numel
 from expface_kernels.analysis.checks import check_keys, check_state_tensor, check_stats
 from expface_kernels.checks import check_integer, check_margin, check_process_group
+from expface_kernels.distributed.group import Group
 from expface_kernels.margins import MarginFunction
 from expface_kernels.stats import BatchStats
 
@@ -80,10 +80,8 @@ class AngularMonitor:
 
     def end_epoch(self) -> AngleCounts:
         """Close the running epoch (over all ranks of the process group), keep it and return it."""
-        counts = self._counts.clone()
-        if self.process_group is not None:
-            counts = _summed(counts, self.process_group)
-        done = AngleCounts(self.epoch, self.bins, counts.cpu())
+        counts = Group(self.process_group).sum(self._counts)
+        done = AngleCounts(self.epoch, self.bins, counts.cpu().clone())
         self.epochs = [*self.epochs, done][-self.keep :]
         self.epoch += 1
         self._counts = torch.zeros_like(self._counts)
@@ -152,12 +150,3 @@ class AngularMonitor:
         self.epochs = [AngleCounts(epoch, self.bins, counts.clone()) for epoch, counts in pairs][-self.keep :]
         self.epoch = state["epoch"]
         self._counts = state["counts"].clone()
-
-
-def _summed(counts: Tensor, group: Any) -> Tensor:
-    """counts, added over the ranks: one all_reduce."""
-    distributed = torch.distributed
-    if distributed.get_backend(group) == "nccl" and counts.device.type == "cpu":
-        counts = counts.cuda()  # a rank without rows: nccl cannot add what is on the CPU
-    distributed.all_reduce(counts, group=group)
-    return counts

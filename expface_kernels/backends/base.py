@@ -41,7 +41,7 @@ class Forward(NamedTuple):
     log_l: Tensor  # (B,) float64
     theta: Tensor  # (B,) float64, radians
     workspace: Tensor  # backend's own
-    tile_sums: Tensor  # room for the gradient tolerance
+    tile_sums: Tensor  # room for sums by groups of classes
     hardest_cos: Tensor  # (B,) float64
     hardest_class: Tensor  # (B,) int64, a row of w (not a position in the subset); −1 where none
 

@@ -28,7 +28,7 @@ from expface_kernels.checkpoint.members import Members, members_of
 from expface_kernels.checkpoint.publish import publish
 from expface_kernels.checkpoint.safetensors_file import Layout, open_centres
 from expface_kernels.checkpoint.table import STATE_PREFIX, WEIGHT, CentreTable, RowSpec, chunks
-from expface_kernels.partial_fc.ranges import ClassRange, shard_ranges
+from expface_kernels.distributed.ranges import ClassRange, shard_ranges
 
 
 def save_centres(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels.checkpoint.table import STATE_PREFIX, WEIGHT, CentreTable, RowSpec
-from expface_kernels.partial_fc.ranges import ClassRange, insightface_ranges
+from expface_kernels.distributed.ranges import ClassRange, insightface_ranges
 
 FILE_NAME = re.compile(r"(?:softmax_fc_gpu|checkpoint_gpu)_(\d+)\.pt")
 HEAD_KEY = "state_dict_softmax_fc"

@@ -14,7 +14,7 @@ from torch import Tensor
 from expface_kernels.checkpoint.members import Members, members_of
 from expface_kernels.checkpoint.safetensors_file import CODES, DTYPES, code_of
 from expface_kernels.checkpoint.table import STATE_PREFIX, WEIGHT, CentreTable, RowSpec
-from expface_kernels.partial_fc.ranges import ClassRange
+from expface_kernels.distributed.ranges import ClassRange
 
 
 def centres_of(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from expface_kernels.partial_fc import comm
+from expface_kernels.distributed.group import Group
 
 T = TypeVar("T")
 
@@ -24,8 +22,8 @@ class Members:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
-        self._ranks = None if group is None else comm.Ranks(group)
-        self.rank, self.size = (0, 1) if self._ranks is None else (self._ranks.rank, self._ranks.size)
+        self._group = Group(group)
+        self.rank, self.size = self._group.rank, self._group.size
 
     @property
     def first(self) -> bool:
@@ -34,20 +32,11 @@ class Members:
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value, of what JSON can hold, in order of ranks."""
-        text = json.dumps(value).encode()
-        if self._ranks is None:
-            return [json.loads(text)]
-        device = self._ranks.device
-        length = torch.tensor([len(text)], device=device)
-        lengths = comm.gather(length, [1] * self.size, self._ranks).tolist()
-        own = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-        texts = comm.gather(own, lengths, self._ranks).cpu().split(lengths)
-        return [json.loads(part.numpy().tobytes()) for part in texts]
+        return self._group.gather_json(value)
 
     def agree(self, told: dict[str, str]) -> None:
         """ValueError on every rank, naming ranks and values, unless all say the same."""
-        if self._ranks is not None:
-            comm.check_agreement(told, None, self._ranks, "this checkpoint")
+        self._group.agree(told, "this checkpoint")
 
     def together(self, action: Callable[[], T]) -> T:
         """Do it on every rank; where it fails on one, every rank raises, saying which and why."""

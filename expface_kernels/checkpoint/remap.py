@@ -12,9 +12,9 @@ from torch import Tensor
 
 from expface_kernels.checkpoint.table import STATE_PREFIX, WEIGHT, CentreTable
 from expface_kernels.checks import INTEGERS, check_integer
-from expface_kernels.partial_fc.centres import INIT_STD
-from expface_kernels.partial_fc.ranges import ClassRange
-from expface_kernels.partial_fc.sampling import mixed_seed
+from expface_kernels.distributed.module import INIT_STD
+from expface_kernels.distributed.ranges import ClassRange
+from expface_kernels.distributed.sampling import mixed_seed
 
 ADDED = -1
 # What torch's optimizers start a row with.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels.checkpoint.table import STATE_PREFIX, WEIGHT, CentreTable, RowSpec, chunks
-from expface_kernels.partial_fc.ranges import ClassRange
+from expface_kernels.distributed.ranges import ClassRange
 
 CODES = {
     torch.float64: "F64",

@@ -38,8 +38,8 @@ from expface_kernels.checkpoint.optimizer_state import (
     state_to_fill,
 )
 from expface_kernels.checkpoint.publish import publish
+from expface_kernels.distributed.module import CentreModule
 from expface_kernels.heads import STEP_KEY, MarginSoftmaxHead
-from expface_kernels.partial_fc.module import CentreModule
 
 MODEL = "model"
 
@@ -129,7 +129,7 @@ def load_sharded(
 def _refuse_plain_shards(model: nn.Module) -> None:
     """ValueError for a module whose weight is one rank's share and does not say so, as a DTensor does."""
     for name, module in model.named_modules():
-        ranks = module._ranks if isinstance(module, CentreModule) else None
+        ranks = module._group if isinstance(module, CentreModule) else None
         if ranks is not None and ranks.size > 1 and not hasattr(module.weight, "device_mesh"):
             raise ValueError(
                 f"model: expected centres as a DTensor, got the {type(module).__name__} {name!r} with a "

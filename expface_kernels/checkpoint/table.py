@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expface_kernels.partial_fc.ranges import ClassRange
+from expface_kernels.distributed.ranges import ClassRange
 
 WEIGHT = "weight"
 STATE_PREFIX = "optimizer."

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from expface_kernels import backends, functional
-from expface_kernels.backends.base import INVALID_TARGET
+from expface_kernels import backends
 from expface_kernels.checks import (
     as_integer,
     check_flag,
@@ -33,18 +30,13 @@ from expface_kernels.compat.insightface_margins import (
     recognise,
     warn_of_dropped,
 )
-from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, Negatives
+from expface_kernels.distributed.group import Group, telling
+from expface_kernels.distributed.module import CentreModule, initialize
+from expface_kernels.distributed.ranges import insightface_ranges
+from expface_kernels.distributed.sampling import draw, mixed_seed
 from expface_kernels.margins import Margin, describe
-from expface_kernels.partial_fc.centres import initialize
-from expface_kernels.partial_fc.comm import Ranks, tell_of_failure
-from expface_kernels.partial_fc.loss import Setting, partial_loss
-from expface_kernels.partial_fc.module import CentreModule
-from expface_kernels.partial_fc.ranges import insightface_ranges
-from expface_kernels.partial_fc.sampling import draw, mixed_seed
-from expface_kernels.reference import normalize, pair_angle
-
-FILTER_TILE_ELEMENTS = 1 << 23
-"""Logits that are there at a time while cosines are filtered: 32 MB of float32, a few times over."""
+from expface_kernels.options import DEFAULT_WORKSPACE_BYTES, LossOptions
+from expface_kernels.pipeline import Shard, loss_step
 
 
 class PartialFC_V2(CentreModule):
@@ -84,7 +76,7 @@ class PartialFC_V2(CentreModule):
     least, and keeps no logits; with sample_rate < 1 besides, the sampled centres are copied.
     """
 
-    CHECKS: ClassVar[dict[str, Callable[[Any], None]]] = {
+    CHECKS: ClassVar[dict[str, Callable[[Any], object]]] = {
         "sample_rate": check_sample_rate,
         "fp16": lambda value: check_flag("fp16", value),
         "scale": lambda value: None if value is None else check_scale(value),
@@ -110,8 +102,8 @@ class PartialFC_V2(CentreModule):
         super().__init__()
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
-        self._ranks = None if process_group is None else Ranks(process_group)
-        self.rank, self.world_size = (0, 1) if self._ranks is None else (self._ranks.rank, self._ranks.size)
+        self._group = None if process_group is None else Group(process_group)
+        self.rank, self.world_size = (0, 1) if self._group is None else (self._group.rank, self._group.size)
         try:
             embedding_size = as_integer("embedding_size", embedding_size, least=1)
             num_classes = as_integer("num_classes", num_classes, least=1)
@@ -166,40 +158,43 @@ class PartialFC_V2(CentreModule):
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """The mean loss () over the rows of all ranks; see the class for shapes and errors."""
-        try:
-            setting = self._setting()
-        except Exception as error:  # what is assigned to a margin object of theirs shows here
-            if self._ranks is not None:
-                tell_of_failure(error, self._ranks)
-            raise
+        with telling(None if self._group is None else self._group.refuse_exchange):
+            known = self._recognised()  # what is assigned to a margin object of theirs shows here
+            options = self._options(known)
         with torch.autocast(self.weight.device.type, dtype=torch.float16, enabled=self.fp16):
-            loss = partial_loss(local_embeddings, self.weight, local_labels, setting)
+            loss = loss_step(
+                local_embeddings,
+                self.weight,
+                local_labels,
+                known.margin,
+                options,
+                shard=None if self._group is None else Shard(self._group, self.num_classes, self._shard),
+                sample=Sampler(self.num_sample, self.rank) if self.sample_rate < 1 else None,
+                agreed={
+                    "interclass_filtering_threshold": str(known.filter_threshold),
+                    "fp16": str(self.fp16),
+                },
+            )
         assert isinstance(loss, Tensor)
         return loss
 
-    def _setting(self) -> Setting:
-        known = self._recognised()
-        negatives: Callable[..., Negatives] = functional.negatives_of
-        backend, threshold = self.backend, known.filter_threshold
-        if threshold > 0:
-            # It takes whatever the reference takes, on any device.
-            negatives, backend = partial(filtered_negatives_of, threshold=threshold), "reference"
-        return Setting(
-            num_classes=self.num_classes,
-            shard=self._shard,
-            margin=known.margin,
+    def _options(self, known: Recognised) -> LossOptions:
+        filtered = known.filter_threshold > 0
+        return LossOptions(
             scale=known.scale,
-            reduction="mean",
             ignore_index=self.ignore_index,
             target_gradient="detached",
             workspace_bytes=self.workspace_bytes,
-            backend=backend,
-            ranks=self._ranks,
-            sample=Sampler(self.num_sample, self.rank) if self.sample_rate < 1 else None,
+            backend="reference" if filtered else self.backend,  # which takes them on any device
+            negative_threshold=known.filter_threshold if filtered else None,
             sample_rate=self.sample_rate,
-            negatives=negatives,
-            also={"interclass_filtering_threshold": str(threshold), "fp16": str(self.fp16)},
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_ranks" in state:  # pickled by an earlier version
+            state = dict(state)
+            state["_group"] = state.pop("_ranks")
+        super().__setstate__(state)
 
     def extra_repr(self) -> str:
         margin = (
@@ -232,45 +227,3 @@ class Sampler:
         generator = torch.Generator(targets.device)
         generator.manual_seed(mixed_seed(_global_seed(), self.rank))
         return draw(targets, num_local, size, generator)
-
-
-def filtered_negatives_of(
-    x: Tensor,
-    w: Tensor,
-    y: Tensor,
-    *,
-    threshold: float,
-    counted: Tensor,
-    scale: float,
-    class_subset: Tensor | None,
-    **others: Any,
-) -> Negatives:
-    """`functional.negatives_of` where a class that is not the target and whose cosine is above `threshold`
-    has the logit 0 instead, without gradient. x (N, D), w (C, D), y (N,), counted (N,) bool.
-
-    Plain PyTorch in float32, or float64 where an input is; autocast and the other options have no part in
-    it. Extra memory: a few tiles, O(N·D), w's unit rows, and the sampled centres where there is a subset.
-    """
-    dtype = functional.loss_dtype(x, w)
-    with torch.autocast(x.device.type, enabled=False):
-        x = torch.where(counted[:, None], x, 0.0).to(dtype)  # padding may hold NaN
-        chosen = (w if class_subset is None else w[class_subset]).to(dtype)
-        xn, start, tiles = normalize(x), 0, []
-        for centres in chosen.split(max(1, FILTER_TILE_ELEMENTS // max(x.shape[0], 1))):
-            # Recomputed in the backward, or autograd would keep every tile's logits.
-            arguments = (xn, centres, y - start, threshold, scale)
-            tiles.append(checkpoint(_filtered_lse, *arguments, use_reentrant=False, preserve_rng_state=False))
-            start += centres.shape[0]
-        log_l = torch.logsumexp(torch.stack(tiles), 0)
-        theta = torch.where(y >= 0, pair_angle(x, chosen[y.clamp_min(0)]), 0.0)
-        nan = torch.where(y == INVALID_TARGET, torch.nan, 0.0)
-    none = log_l.new_empty(0)
-    return Negatives(log_l, theta + nan, counted, none, none.long())
-
-
-def _filtered_lse(xn: Tensor, centres: Tensor, y: Tensor, threshold: float, scale: float) -> Tensor:
-    """log Σ (N,) float64 over a tile's classes; y is counted from its first, and may lie outside."""
-    cos = xn @ normalize(centres).T
-    is_target = torch.arange(cos.shape[1], device=y.device) == y[:, None]
-    cos = cos.masked_fill(cos > threshold, 0.0).masked_fill(is_target, -torch.inf)
-    return torch.logsumexp(scale * cos, 1).double()

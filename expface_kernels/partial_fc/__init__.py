@@ -1,1 +1,1 @@
-"""Class centres spread over the ranks of a process group, and losses over a sample of them."""
+"""The old place of `expface_kernels.distributed`, which pickles of heads from earlier versions name."""

@@ -20,9 +20,9 @@ from expface_kernels.checks import (
     check_number,
     check_sample_rate,
 )
+from expface_kernels.distributed.ranges import largest_shard
+from expface_kernels.distributed.sampling import sample_size
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
-from expface_kernels.partial_fc.ranges import largest_shard
-from expface_kernels.partial_fc.sampling import sample_size
 from expface_kernels.plan.devices import DEVICES
 from expface_kernels.plan.optimizers import FUSED, OPTIMIZERS, SPARSE_TEMPORARY
 

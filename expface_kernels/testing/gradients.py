@@ -20,11 +20,12 @@ from expface_kernels.checks import (
     LARGEST_INTEGER,
     check_choice,
     check_integer,
-    check_options,
+    check_margin,
     check_scale,
 )
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, margin_cross_entropy
 from expface_kernels.margins import ExpFace, MarginFunction
+from expface_kernels.options import LossOptions
 from expface_kernels.testing import policy
 from expface_kernels.testing.batches import KINDS, batch
 from expface_kernels.testing.differences import difference_error, frozen, slope_error
@@ -212,7 +213,8 @@ def check_gradients(
     """
     margin = ExpFace() if margin is None else margin
     check_scale(scale)
-    check_options(margin, "none", -100, target_gradient, 0.0, workspace_bytes)
+    check_margin(margin)
+    LossOptions(target_gradient=target_gradient, workspace_bytes=workspace_bytes)
     for name, value, least in (("rows", rows, 1), ("classes", classes, 1), ("features", features, 2)):
         check_integer(name, value, least)
     check_integer("seed", seed, most=LARGEST_INTEGER)

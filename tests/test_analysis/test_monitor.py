@@ -16,6 +16,7 @@ from expface_kernels import ArcFace, BatchStats, CosFace, ExpFace, margin_cross_
 from expface_kernels.analysis import AngleCounts, AngularMonitor, plots
 from expface_kernels.analysis.angle_counts import FINE, PERCENTILES
 from tests.cases import KINDS, batch
+from tests.distributed import run_ranks
 from tests.tolerances import ANGLE_MEAN, PERCENTILE, TEN_DIGITS
 
 F64 = torch.float64
@@ -113,7 +114,7 @@ def test_angles_of_0_and_180_degrees_fall_into_the_last_bins() -> None:
     zeros, n = torch.zeros(2, dtype=F64), torch.tensor([1, 1])
     angle, cos = torch.tensor([0.0, math.pi], dtype=F64), torch.tensor([1 + 1e-7, -1 - 1e-7], dtype=F64)
     monitor = AngularMonitor(90)
-    monitor.update(BatchStats(angle, zeros, zeros, zeros, cos, n, torch.tensor([True, False]), zeros))
+    monitor.update(BatchStats(angle, zeros, zeros, zeros, cos, n, torch.tensor([True, False])))
     histogram = monitor.running().histogram
     assert histogram[0, 0] == histogram[89, 89] == 1
     assert histogram.sum() == 2
@@ -168,25 +169,20 @@ def test_merging_two_ranks_equals_one_that_saw_all() -> None:
     assert two.running().rows == 21  # the other stays as it was
 
 
-def _rank(rank: int, folder: str) -> None:
-    store = f"file://{folder}/store"
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    monitor = AngularMonitor(process_group=torch.distributed.group.WORLD)
+def _epochs(group: Any) -> dict[str, Any]:
+    monitor, rank = AngularMonitor(process_group=group), group.rank()
     if rank == 0:  # the other rank has no rows in the first epoch
         monitor.update(stats_of("random", seed=1))
     monitor.end_epoch()
     monitor.update(stats_of("random", seed=2 + rank, rows=30 + rank, ignored=rank))
     monitor.end_epoch()
-    torch.save(monitor.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return monitor.state_dict()
 
 
-def test_with_a_process_group_every_rank_holds_the_whole_epoch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    for rank in range(2):
+def test_with_a_process_group_every_rank_holds_the_whole_epoch() -> None:
+    for state in run_ranks(2, _epochs):
         monitor = AngularMonitor()
-        monitor.load_state_dict(torch.load(tmp_path / f"{rank}.pt", weights_only=True))
+        monitor.load_state_dict(state)
         assert_brute_force(monitor.epochs[0], [stats_of("random", seed=1)])
         second = [stats_of("random", seed=2 + r, rows=30 + r, ignored=r) for r in range(2)]
         assert_brute_force(monitor.epochs[1], second)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from expface_kernels import ArcFace, ExpFace, backends, functional, margin_cross_entropy, ops
+from expface_kernels import ArcFace, ExpFace, backends, margin_cross_entropy, ops
 from expface_kernels.backends import native
+from expface_kernels.options import LossOptions
+from expface_kernels.pipeline import negatives
 from tests import sanitizer
 from tests.cases import batch, device_of, leaves, loss_on, truth
 from tests.test_backends.steps import F32, assert_true, is_zero, run
@@ -88,18 +90,11 @@ def _over_subset(
     """
     device = device_of(backend)
     a, b = (t.to(device, copy=True).requires_grad_() for t in (x, w))
-    n = functional.negatives_of(
-        a,
-        b,
-        y.to(device),
-        counted=torch.ones(y.shape[0], dtype=torch.bool, device=device),
-        scale=16.0,
-        class_subset=subset,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-        find_hardest=False,
-        sparse_grad=sparse_grad,
+    counted = torch.ones(y.shape[0], dtype=torch.bool, device=device)
+    options = LossOptions(
+        scale=16.0, workspace_bytes=workspace_bytes, backend=backend, sparse_grad=sparse_grad
     )
+    n = negatives(a, b, y.to(device), counted, subset, options)
     (n.log_l.sum() - 3 * n.theta.sum()).backward()
     return n.log_l.detach().cpu(), a.grad.cpu(), b.grad.cpu()
 

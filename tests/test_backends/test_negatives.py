@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from expface_kernels import functional
+from expface_kernels.options import LossOptions
+from expface_kernels.pipeline import negatives
 from tests.cases import batch, device_of
 from tests.tolerances import LOG_SUM, PROBABILITY_SUM
 
@@ -23,17 +24,9 @@ def _log_l(
     """(log l (B,), the gradient of its sum in x (B, D)), on the CPU."""
     device = device_of(backend)
     a, b = (t.detach().to(device, copy=True).requires_grad_() for t in (x, w))
-    n = functional.negatives_of(
-        a,
-        b,
-        y.to(device),
-        counted=torch.ones(len(y), dtype=torch.bool, device=device),
-        scale=scale,
-        class_subset=None,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-        find_hardest=False,
-    )
+    counted = torch.ones(len(y), dtype=torch.bool, device=device)
+    options = LossOptions(scale=scale, workspace_bytes=workspace_bytes, backend=backend)
+    n = negatives(a, b, y.to(device), counted, None, options)
     n.log_l.sum().backward()
     assert a.grad is not None
     return n.log_l.detach().cpu(), a.grad.cpu()

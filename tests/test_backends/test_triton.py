@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from expface_kernels import ArcFace, ExpFace, functional
+from expface_kernels import ArcFace, ExpFace
 from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, Request
 from expface_kernels.backends.triton import TritonBackend, plan
 from expface_kernels.functional import topk_cosine
+from expface_kernels.options import LossOptions
+from expface_kernels.pipeline import negatives
 from tests.cases import TRITON_DEVICE, batch, truth
 from tests.test_backends.triton_steps import BF16, DTYPES, F16, F32, KEEP, NEEDS_TRITON, check, run
 from tests.tolerances import COSINE, assert_close, assert_rows_close, relative_error, row_cap
@@ -170,17 +172,9 @@ def test_a_shard_of_targets_only_and_rows_without_a_target(scale: float) -> None
 @pytest.mark.parametrize("rows", [0, 5])
 def test_a_shard_without_a_class_has_sums_of_0_and_gradients_0(rows: int, workspace_bytes: int) -> None:
     x, w = (torch.ones(n, 8, device=TRITON_DEVICE, requires_grad=True) for n in (rows, 0))
-    n = functional.negatives_of(
-        x,
-        w,
-        torch.full((rows,), NO_TARGET, device=TRITON_DEVICE),
-        counted=torch.ones(rows, dtype=torch.bool, device=TRITON_DEVICE),
-        scale=64.0,
-        class_subset=None,
-        workspace_bytes=workspace_bytes,
-        backend="triton",
-        find_hardest=True,
-    )
+    y = torch.full((rows,), NO_TARGET, device=TRITON_DEVICE)
+    options = LossOptions(workspace_bytes=workspace_bytes, backend="triton")
+    n = negatives(x, w, y, torch.ones_like(y, dtype=torch.bool), None, options, find_hardest=True)
     assert n.log_l.isneginf().all()
     assert not n.theta.any()
     assert n.hardest_cos.isneginf().all()

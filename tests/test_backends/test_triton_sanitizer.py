@@ -120,7 +120,7 @@ def test_the_real_kernels_are_clean(workspace_bytes: int, counts: Counter[str]) 
 @pytest.mark.parametrize(
     ("right", "wrong", "what"),
     [
-        ("tl.minimum(i_classes, class_end - 1)", "i_classes", "are outside p_w, from byte"),
+        ("tl.minimum(i_classes, class_end - 1)", "i_classes", "are outside p_"),
         ("* B_pad + i_rows\n", "* B_pad + i_rows % BM\n", "stores of two programs to one address"),
     ],
     ids=["classes not clamped", "sums of all row blocks"],

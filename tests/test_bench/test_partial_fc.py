@@ -11,7 +11,7 @@ import torch
 
 from bench import partial_fc
 from bench.memory import unavailable
-from expface_kernels.partial_fc.sampling import Sampler
+from expface_kernels.distributed.sampling import Sampler
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from expface_kernels.checkpoint import load_centres, open_insightface, save_centres
-from expface_kernels.partial_fc.ranges import insightface_ranges
+from expface_kernels.distributed.ranges import insightface_ranges
 from tests.test_checkpoint.trained import OPTIMIZERS, D, Head, assert_is_truth, fill_with_truth, truth
 
 

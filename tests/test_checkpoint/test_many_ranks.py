@@ -28,7 +28,7 @@ from expface_kernels.checkpoint import (
     save_sharded,
 )
 from expface_kernels.compat.insightface import PartialFC_V2
-from expface_kernels.partial_fc.ranges import insightface_ranges, shard_ranges
+from expface_kernels.distributed.ranges import insightface_ranges, shard_ranges
 from tests.distributed import run_ranks
 from tests.test_checkpoint.test_ranks_that_fail import (
     check_a_damaged_shard,

@@ -27,7 +27,7 @@ from expface_kernels.checkpoint import (
 )
 from expface_kernels.checkpoint.dcp_files import Reader
 from expface_kernels.checkpoint.safetensors_file import Layout
-from expface_kernels.partial_fc.ranges import shard_ranges
+from expface_kernels.distributed.ranges import shard_ranges
 from tests.distributed import RankFailed, run_ranks
 from tests.test_checkpoint.trained import (
     OPTIMIZERS,

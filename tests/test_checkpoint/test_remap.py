@@ -18,8 +18,8 @@ from expface_kernels.checkpoint import (
     remap_classes,
     save_centres,
 )
-from expface_kernels.partial_fc.centres import initialize
-from expface_kernels.partial_fc.ranges import ClassRange
+from expface_kernels.distributed.module import initialize
+from expface_kernels.distributed.ranges import ClassRange
 from tests.test_checkpoint.trained import OPTIMIZERS, STATE_NAMES, STEP, D, Head, fill_with_truth, truth
 from tests.tolerances import ADAMAX_EPS, DRAWN_30_000
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from expface_kernels.partial_fc.ranges import shard_ranges
+from expface_kernels.distributed.ranges import shard_ranges
 
 D = 6
 STEP = 7.0

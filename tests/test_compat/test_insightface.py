@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from expface_kernels import CombinedMargin, ExpFace, MarginSoftmaxHead, functional, margin_cross_entropy
-from expface_kernels.compat import insightface
+from expface_kernels import CombinedMargin, ExpFace, MarginSoftmaxHead, margin_cross_entropy, pipeline
 from expface_kernels.compat.insightface import PartialFC_V2
+from expface_kernels.options import LossOptions
+from expface_kernels.pipeline import negatives
 from tests import cases
 from tests.test_compat import theirs
 from tests.test_compat.one_process import F64, B, C, D, build, compare, rows, step
@@ -230,22 +231,10 @@ def test_a_label_that_is_none_is_told_and_ignore_index_leaves_out(threshold: flo
 
 def test_an_unchecked_label_gives_nan_and_not_a_number_that_might_be_true() -> None:
     x, w, y = rows("random")
-    for negatives, more in (
-        (functional.negatives_of, {}),
-        (insightface.filtered_negatives_of, {"threshold": 0.2}),
-    ):
-        n = negatives(
-            x,
-            w,
-            torch.where(torch.arange(B) == 3, -2, y),
-            counted=torch.ones(B, dtype=torch.bool),
-            scale=64.0,
-            class_subset=None,
-            workspace_bytes=0,
-            backend="cpu",
-            find_hardest=False,
-            **more,
-        )
+    bad, counted = torch.arange(B) == 3, torch.ones(B, dtype=torch.bool)
+    for threshold in (None, 0.2):
+        options = LossOptions(backend="cpu", negative_threshold=threshold)
+        n = negatives(x, w, torch.where(bad, -2, y), counted, None, options)
         assert n.theta.isnan().tolist() == (torch.arange(B) == 3).tolist()
 
 
@@ -359,8 +348,8 @@ def test_fp16_says_what_products_are_in(
     fp16: bool, around: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    autocast_dtype = functional.autocast_dtype
-    monkeypatch.setattr(functional, "autocast_dtype", lambda x: seen.append(autocast_dtype(x)))
+    autocast_dtype = pipeline.autocast_dtype
+    monkeypatch.setattr(pipeline, "autocast_dtype", lambda x: seen.append(autocast_dtype(x)))
     x, w, y = rows("random")
     with torch.autocast("cpu", dtype=around or torch.bfloat16, enabled=around is not None):
         build(theirs.CosFace(), w.float(), fp16=fp16)(x.float(), y)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expface_kernels.compat import insightface
+from expface_kernels.backends import reference
 from expface_kernels.compat.insightface import Sampler
 from tests import cases
 from tests.test_compat import theirs
@@ -62,7 +62,7 @@ def test_a_rank_without_targets_and_with_a_tiny_share_takes_one_class() -> None:
 @pytest.mark.parametrize("threshold", [0.1, 0.99])
 def test_filtered_cosines_count_as_zero(tile: int, threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that lie on another class's centre: without a filter that class is all of the softmax."""
-    monkeypatch.setattr(insightface, "FILTER_TILE_ELEMENTS", tile * B)
+    monkeypatch.setattr(reference, "FILTER_TILE_ELEMENTS", tile * B)
     x, w, y = cases.batch("wrong_class", B, C, D)
     margin_loss = theirs.CombinedMarginLoss(64, 1, 0.5, 0, threshold)
     module = build(margin_loss, w)

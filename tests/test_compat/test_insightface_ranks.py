@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from expface_kernels import ArcFace, ExpFace, MarginSoftmaxHead, clip_grad_norm_
 from expface_kernels.compat.insightface import PartialFC_V2, Sampler
-from expface_kernels.partial_fc.ranges import insightface_ranges
+from expface_kernels.distributed.ranges import insightface_ranges
 from tests import cases
 from tests.distributed import run_ranks
 from tests.test_compat import theirs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed import RankFailed, run_ranks
-from tests.test_partial_fc.steps import Case, own_slice, sharded_steps, whole_step
+from tests.test_distributed.steps import Case, own_slice, sharded_steps, whole_step
 from tests.tolerances import SHARDED, SHARDED_16_BIT, relative_error
 
 MEAN, SUM, NONE = ({"reduction": reduction} for reduction in ("mean", "sum", "none"))

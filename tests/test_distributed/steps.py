@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from expface_kernels import CosFace, ExpFace, MarginSoftmaxHead, margin_cross_entropy
-from expface_kernels.partial_fc.ranges import shard_ranges
-from expface_kernels.partial_fc.sampling import Sampler
+from expface_kernels.distributed.ranges import shard_ranges
+from expface_kernels.distributed.sampling import Sampler
 
 F, D = 12, 16
 IGNORED = 255

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from expface_kernels.partial_fc import sampling
-from expface_kernels.partial_fc.sampling import Sampler, draw, draws_for, mixed_seed, sample_size
+from expface_kernels.distributed import sampling
+from expface_kernels.distributed.sampling import Sampler, draw, draws_for, mixed_seed, sample_size
 from expface_kernels.workshop.costs import PeakMemory
 
 # Both ways of drawing: of 40 classes 12 (keys) and of 400 classes 12 (draws).

@@ -143,7 +143,7 @@ def test_ranks_that_build_another_head_are_named_with_what_they_said() -> None:
         assert told["describing"] == (
             "KeyError: 'no words'"
             if rank == ODD_ONE
-            else "ValueError: rank 1 of process_group refused the head: KeyError('no words')"
+            else "ValueError: rank 1 of process_group refused the head: KeyError: 'no words'"
         )
         assert told["sparse"].startswith("ValueError: sparse_grad: expected False with process_group")
         assert told["no member"].startswith("TypeError: process_group: expected")
@@ -270,7 +270,7 @@ def test_ranks_that_step_another_way_are_told_and_may_go_on() -> None:
             assert told["margin that raises" + gradient] == (
                 "KeyError: 'not these rows'"
                 if rank == ODD_ONE
-                else "ValueError: rank 1 of process_group refused this call: KeyError('not these rows')"
+                else "ValueError: rank 1 of process_group refused this call: KeyError: 'not these rows'"
             )
         assert told["trained by row"].startswith(
             "ValueError: margin: expected one without parameters that train, since it has a value a row"

@@ -5,7 +5,6 @@ W ranks · B rows of a rank · N rows of all · D features · C classes
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import pickle
 from typing import Any
@@ -18,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expface_kernels import CosFace, ExpFace, GradScaler, MarginSoftmaxHead, clip_grad_norm_
-from expface_kernels.partial_fc.comm import Ranks
-from expface_kernels.partial_fc.loss import Setting, partial_loss
-from expface_kernels.partial_fc.ranges import shard_ranges
+from expface_kernels.distributed.group import Group
+from expface_kernels.distributed.ranges import shard_ranges
+from expface_kernels.options import LossOptions
+from expface_kernels.pipeline import Shard, loss_step
 from tests.distributed import DEADLINE, bare_processes, run_ranks
 from tests.tolerances import RANKS_GRADIENT, RANKS_LOSS
 
@@ -131,7 +131,7 @@ def others(group: Any) -> dict[str, Sent]:
     }
 
 
-COUNTS = ("all_gather", 8)
+COUNTS = ("all_gather", 5 * 8)
 LOG_L_AND_THETA = ("all_reduce", 2 * N * 8)
 STATISTICS = ("all_gather", 2 * N * 8)
 LABELS = ("all_gather", 4 * 8)  # as many as the rank with the most rows has
@@ -231,24 +231,13 @@ def in_a_strange_world(rank: int, folder: str, end: Any, absent: bool) -> None:
     classes, count = 10, ROWS[rank]
     torch.manual_seed(rank)
     x, y = torch.randn(count, D, requires_grad=True), torch.randint(classes, (count,))
-    setting = Setting(
-        num_classes=classes,
-        shard=shard_ranges(classes, 2)[rank],
-        margin=ExpFace(),
-        scale=64.0,
-        reduction="mean",
-        ignore_index=-100,
-        target_gradient="detached",
-        workspace_bytes=0,
-        backend="auto",
-    )
     if absent:
         dist.GroupMember.WORLD = None  # type: ignore[assignment]
         assert not dist.is_initialized()
         weight = MarginSoftmaxHead(D, classes).local_weight.detach()
-        start, size = setting.shard
-        setting = dataclasses.replace(setting, ranks=Ranks(group))
-        loss = partial_loss(x, weight[start : start + size], y, setting)
+        shard = Shard(Group(group), classes, shard_ranges(classes, 2)[rank])
+        own = weight[shard.held.start : shard.held.stop]
+        loss = loss_step(x, own, y, ExpFace(), LossOptions(target_gradient="detached"), shard=shard)
     else:
         loss = MarginSoftmaxHead(D, classes, process_group=group)(x, y)
     assert isinstance(loss, Tensor)

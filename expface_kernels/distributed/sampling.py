@@ -17,6 +17,8 @@ from torch import Tensor
 # From this share of the classes on, one random key for each of them costs no more than drawing.
 DENSE_SHARE = 4
 MASK64 = 2**64 - 1
+LARGEST_SEED = 2**63 - 1
+"""Of a head: what a generator of torch takes on every device, and below zero too."""
 
 
 def sample_size(rate: float, num_local: int, rows: int) -> int:

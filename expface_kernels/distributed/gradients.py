@@ -1,15 +1,17 @@
-"""The norm of a gradient of which ranks hold parts, and clipping by it."""
+"""Gradients of which ranks hold parts: clipping by their norm, and a scaler that skips together."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expface_kernels.partial_fc import comm
+from expface_kernels.checks import check_process_group
+from expface_kernels.distributed.group import Group
 
 
 @torch.no_grad()
@@ -63,6 +65,8 @@ def clip_grad_norm_(
 def _number(name: str, value: Any) -> float:
     """Of whatever is one: also a tensor or an array of one element, or "inf", as torch takes it."""
     try:
+        if isinstance(value, str) and value != "inf":
+            raise TypeError("text")
         return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}") from error
@@ -118,7 +122,7 @@ def _total_norm(
     for groups, powers in by_groups.items():
         own = torch.stack(powers).amax() if largest else torch.stack(powers).sum()
         for group in groups:
-            own = comm.all_reduce(own, largest, group)
+            own = Group(group).largest(own) if largest else Group(group).sum(own)
         sums.append(own)
     if not sums:
         return torch.zeros((), device=device)
@@ -135,3 +139,49 @@ def _power(grad: Tensor, norm_type: float) -> Tensor:
     dtype = torch.promote_types(values.dtype, torch.float32)
     norm = torch.linalg.vector_norm(values, norm_type, dtype=dtype).double()
     return norm if math.isinf(norm_type) else norm**norm_type
+
+
+class GradScaler(torch.amp.GradScaler):
+    """`torch.amp.GradScaler` for a sharded head: an Inf or NaN on one rank skips the step on all of them.
+
+    torch's own, and its ShardedGradScaler, refuse an optimizer that holds a DTensor beside plain parameters,
+    as one over backbone and head does; this one takes both. With several optimizers each skips by its own
+    gradients, as in torch: give both modules to one.
+
+    Args:
+        device: "cuda" or "cpu".
+        process_group: the head's, `dist.group.WORLD` too; TypeError for None.
+        others: of `torch.amp.GradScaler`.
+
+    One all_reduce of one number in every `unscale_` (or `step`).
+    """
+
+    def __init__(self, device: str = "cuda", *, process_group: Any, **others: Any) -> None:
+        super().__init__(device, **others)
+        check_process_group(process_group)
+        self.process_group = process_group
+
+    def _unscale_grads_(
+        self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        """torch's, on what this rank holds of each gradient, then over all ranks."""
+        groups = [
+            {"params": [_local_parameter(p) for p in group["params"]]} for group in optimizer.param_groups
+        ]
+        local: Any = SimpleNamespace(param_groups=groups)
+        found: dict[torch.device, Tensor] = super()._unscale_grads_(local, inv_scale, found_inf, allow_fp16)
+        if not found:  # a rank may hold no gradient at all
+            found = {found_inf.device: found_inf}
+        anywhere = torch.stack([one.to(found_inf.device) for one in found.values()]).amax(0)
+        anywhere = Group(self.process_group).largest(anywhere)
+        return {device: one.copy_(anywhere) for device, one in found.items()}
+
+
+def _local_parameter(parameter: Any) -> Tensor:
+    """A parameter, or in a DTensor's place what this rank holds of it, with its gradient."""
+    if parameter.grad is None or not hasattr(parameter.grad, "to_local"):
+        found: Tensor = parameter
+        return found
+    local: Tensor = parameter.detach().to_local()
+    local.grad = parameter.grad.to_local()
+    return local

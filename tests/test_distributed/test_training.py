@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from expface_kernels import ExpFace, GradScaler, MarginSoftmaxHead, clip_grad_norm_
 from tests.distributed import run_ranks
-from tests.test_partial_fc.steps import own_slice
+from tests.test_distributed.steps import own_slice
 from tests.tolerances import SHARDED, relative_error
 
 F, D = 32, 64

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expface_kernels import ExpFace, MarginSoftmaxHead, clip_grad_norm_, margin_cross_entropy
-from expface_kernels.partial_fc.sampling import Sampler
+from expface_kernels.distributed.sampling import Sampler
 from tests.cases import batch
 from tests.tolerances import CLIPPED, SUM_ORDER, relative_error
 

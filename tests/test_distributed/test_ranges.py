@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from expface_kernels.partial_fc.ranges import ClassRange, insightface_ranges, shard_ranges
+from expface_kernels.distributed.ranges import ClassRange, insightface_ranges, shard_ranges
 
 SIZES = [(c, w) for c in (1, 2, 3, 5, 10, 11, 16, 1001, 1003) for w in (1, 2, 3, 4, 7, 16)]
 Rule = Callable[[int, int], list[ClassRange]]
