@@ -93,7 +93,7 @@ def verify(path: Path) -> None:
     for needed in (path, sums):
         if not needed.is_file():
             raise DataError(
-                f"no glyph data: {needed} does not exist (examples/glyphs/build_dataset.py writes it)"
+                f"no glyph data: {needed} does not exist (lab/build_dataset.py writes it)"
             )
     expected, got = sums.read_text().split()[0], sha256(path)
     if got != expected:
