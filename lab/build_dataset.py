@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(description="Render the kanji data set from font packages.")
     parser.add_argument(
-        "--set", tunings=("compact", "full"), default="compact", help="which set (default compact)"
+        "--set", choices=("compact", "full"), default="compact", help="which set (default compact)"
     )
     parser.add_argument("--out", type=Path, help="the .npz to write; checksum and NOTICE go beside it")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="packages, and the full set")

@@ -86,8 +86,8 @@ def gradient(found: dict[str, Any]) -> Figure:
     figure, grid = plt.subplots(1, len(noisy), figsize=(13, 5.2), sharey=True, layout="constrained")
     for axes, condition in zip(grid, noisy, strict=True):
         rows = _rows(found, FINAL, condition)
-        # CosFace is drawn last but one and wide: detached SphereFace, ArcFace and ExpFace lie on it.
-        for row in sorted(rows, key=lambda row: _head(row)[1] != "detached"):
+        # CosFace is wide and pale, so that it shows under detached SphereFace, ArcFace and ExpFace.
+        for row in rows:
             margin, mode = _head(row)
             values = [epoch["gradient_share"] for epoch in row["epochs"]]
             wide = margin == "cosface"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache
@@ -30,7 +30,7 @@ ENVIRONMENT = {
 
 def train_all(
     runs: Sequence[Run], configuration: Configuration, workers: int
-) -> Iterator[tuple[Run, dict[str, Any]]]:
+) -> Generator[tuple[Run, dict[str, Any]], None, None]:
     """Train `runs`, `workers` at a time, and yield each with its record as it finishes.
 
     A run that raises ends all of them with a StudyError. No worker outlives this generator or its process.

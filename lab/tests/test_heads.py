@@ -124,7 +124,7 @@ def test_an_epoch_is_recorded_as_a_brute_force_pass_finds_it(mode: str) -> None:
     angle, pull, push = brute_force(head, x, y, mode)
     assert found["gradient_share"] == pytest.approx(float(pull[is_noisy].sum() / pull.sum()), rel=SIX_DIGITS)
     assert found["push_share"] == pytest.approx(float(push[is_noisy].sum() / push.sum()), rel=SIX_DIGITS)
-    assert found["noisy_rows"] == 23
+    assert found["noisy_samples"] == 23
     for group, members in (("clean", ~is_noisy), ("noisy", is_noisy)):
         values = angle[members].numpy()
         assert found[group]["angle_mean"] == pytest.approx(values.mean(), rel=SIX_DIGITS)
@@ -140,7 +140,7 @@ def test_an_epoch_is_recorded_as_a_brute_force_pass_finds_it(mode: str) -> None:
     json.dumps(found)
 
 
-def test_without_wrong_rows_there_is_no_share() -> None:
+def test_without_noisy_samples_there_is_no_share() -> None:
     head = make_head("normface", "detached", None, 8.0, 5, seed=0)
     recorder = EpochRecorder(torch.zeros(8, dtype=torch.bool))
     _, stats = head(torch.randn(8, 128), torch.arange(8) % 5, return_stats=True)

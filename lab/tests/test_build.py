@@ -7,7 +7,8 @@ import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
-from examples.glyphs import build_dataset, fetch, fonts, render
+from examples.glyphs import dataset
+from lab import build_dataset, fetch, fonts, notice, render
 
 BOX = ((100, 0), (100, 800), (500, 800), (500, 0))
 BAR = ((0, 300), (0, 400), (900, 400), (900, 300))
@@ -96,3 +97,44 @@ def test_every_font_has_a_key_of_its_own() -> None:
     keys = [font.key for font in fonts.FULL_FONTS]
     assert len(set(keys)) == len(keys) == 46
     assert len(fonts.COMPACT_FONTS) == 32
+
+
+def test_splits_are_those_of_the_tables(glyphs: dataset.Glyphs) -> None:
+    train, validation, test = fonts.split_characters()
+    assert (glyphs.train.characters, glyphs.validation.characters, glyphs.test.characters) == (
+        train,
+        validation,
+        test,
+    )
+    assert glyphs.train.fonts == tuple(font.key for font in fonts.TRAIN_FONTS)
+    assert glyphs.test.fonts == tuple(font.key for font in fonts.TEST_FONTS)
+
+
+def test_test_fonts_come_from_packages_that_train_nothing() -> None:
+    training = set(fonts.packages_of(fonts.TRAIN_FONTS + fonts.FULL_EXTRA_FONTS))
+    assert training.isdisjoint(fonts.packages_of(fonts.TEST_FONTS))
+
+
+def test_jis_levels() -> None:
+    first, second = fonts.jis_kanji(1), fonts.jis_kanji(2)
+    assert (len(first), len(second)) == (2965, 3390)
+    assert (first[0], first[-1], second[0]) == ("亜", "腕", "弌")
+    assert set(first).isdisjoint(second)
+
+
+def test_shipped_data_is_small_and_its_notice_complete() -> None:
+    assert dataset.COMPACT_FILE.stat().st_size <= 8_000_000
+    text = dataset.COMPACT_FILE.with_name("NOTICE").read_text(encoding="utf-8")
+    for package in fonts.packages_of(fonts.COMPACT_FONTS):
+        assert f"({package.name} {package.version})" in text
+        assert package.copyright in text
+    for words in ("Permission is hereby granted", "Redistributions in binary form", "LICENSE in the root"):
+        assert words in text
+
+
+def test_license_text_is_cut_out_of_a_debian_copyright_file(tmp_path: Path) -> None:
+    path = tmp_path / "copyright"
+    path.write_text("Files: *\nLicense: MIT\n\nLicense: MIT\n First.\n .\n Last.\n\nFiles: debian/*\n")
+    assert notice.debian_license_text(path, "MIT") == "First.\n\nLast."
+    with pytest.raises(ValueError, match="expected a text under 'License: BSD-3-Clause'"):
+        notice.debian_license_text(path, "BSD-3-Clause")
