@@ -193,10 +193,9 @@ def _numbers(row: dict[str, Any]) -> list[int]:
 
 def _legend_below(figure: Figure, columns: int) -> None:
     """Add one legend for all panels below them, with each label once."""
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9
-    )
+    style: dict[str, Any] = {"ncols": columns, "fontsize": 9}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", **style)

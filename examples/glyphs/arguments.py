@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,9 +35,25 @@ def _integer(text: str, least: int) -> int:
     return value
 
 
+def failed(error: object, status: int) -> int:
+    """Print `error` in one line and return `status`, for `return failed(…)` in a program's main."""
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
 def make_folder(option: str, folder: Path) -> None:
     """Make `folder` and its parents; ValueError naming `option` where that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{option}: expected a folder, got {folder} ({error.strerror})") from error
+
+
+def make_file(option: str, path: Path) -> None:
+    """Make sure that `path` can be written, before long work; ValueError naming `option` where it cannot."""
+    try:
+        path.touch()
+    except OSError as error:
+        raise ValueError(
+            f"{option}: expected a file that can be written, got {path} ({error.strerror})"
+        ) from error
