@@ -108,7 +108,9 @@ def build_compact(cache: Path, jobs: int) -> Glyphs:
             raise FetchError(
                 f"font {task.font.key} no longer draws {characters}: another version of its package?"
             )
-    train, validation, test = (_stack(fonts, characters, rendered) for fonts, characters in parts)
+    train, validation, test = (
+        _select(fonts, characters, characters, rendered) for fonts, characters in parts
+    )
     return Glyphs(train, validation, test)
 
 
@@ -149,10 +151,6 @@ def _render_all(tasks: list[_Task], jobs: int) -> dict[str, RenderedFont]:
 
 def _render(task: _Task) -> tuple[str, RenderedFont]:
     return task.font.key, render_font(font_files(task.font, task.cache), task.characters)
-
-
-def _stack(fonts: tuple[Font, ...], characters: str, rendered: dict[str, RenderedFont]) -> GlyphSet:
-    return _select(fonts, characters, characters, rendered)
 
 
 def _select(fonts: tuple[Font, ...], drawn: str, wanted: str, rendered: dict[str, RenderedFont]) -> GlyphSet:

@@ -57,33 +57,25 @@ def test_slopes_are_those_that_training_takes(name: str, m: float | None) -> Non
     assert same == (name in SLOPE_OF_COSINE)  # where they are the same, a swap would go unseen
 
 
-def test_schedules_change_what_they_say_and_when() -> None:
-    def at(mode: str, done: float) -> tuple[str, float]:
-        head = make_head("expface", mode, 0.7, 32.0, 5, seed=0)
+@pytest.mark.parametrize(
+    ("mode", "gradients", "scales"),
+    [
+        ("detached", "dddd", (32, 32, 32, 32)),
+        ("exact", "eeee", (32, 32, 32, 32)),
+        ("floored", "eeee", (32, 32, 32, 32)),
+        ("later", "ddee", (32, 32, 32, 32)),
+        ("rising", "eeee", (8, 20, 32, 32)),
+        ("detached-rising", "dddd", (8, 20, 32, 32)),
+    ],
+)
+def test_schedules_change_what_they_say_and_when(
+    mode: str, gradients: str, scales: tuple[float, ...]
+) -> None:
+    head = make_head("expface", mode, 0.7, 32.0, 5, seed=0)
+    assert isinstance(head.margin, Floored) == (mode == "floored")
+    for done, gradient, scale in zip((0.0, 0.25, 0.5, 0.9), gradients, scales, strict=True):
         follow_schedule(head, mode, 32.0, done)
-        return head.target_gradient, head.scale
-
-    assert at("detached", 0.9) == ("detached", 32.0)
-    assert at("exact", 0.1) == ("exact", 32.0)
-    assert [at("later", done) for done in (0.0, 0.49, 0.5, 0.9)] == [
-        ("detached", 32.0),
-        ("detached", 32.0),
-        ("exact", 32.0),
-        ("exact", 32.0),
-    ]
-    assert [at("rising", done) for done in (0.0, 0.25, 0.5, 0.9)] == [
-        ("exact", 8.0),
-        ("exact", 20.0),
-        ("exact", 32.0),
-        ("exact", 32.0),
-    ]
-    assert [at("detached-rising", done) for done in (0.0, 0.25, 0.9)] == [
-        ("detached", 8.0),
-        ("detached", 20.0),
-        ("detached", 32.0),
-    ]
-    assert at("floored", 0.3) == ("exact", 32.0)
-    assert isinstance(make_head("expface", "floored", 0.7, 32.0, 5, seed=0).margin, Floored)
+        assert (head.target_gradient[0], head.scale) == (gradient, scale)
 
 
 # What is recorded

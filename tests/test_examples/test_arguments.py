@@ -1,4 +1,4 @@
-"""Bad input of the glyph programs: one line that names the argument, and exit status 2, before any training."""
+"""Bad input of the glyph programs: one line that names the argument, and exit status 2, before training."""
 
 from __future__ import annotations
 
