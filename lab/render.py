@@ -82,7 +82,7 @@ def _crop(ink: np.ndarray) -> np.ndarray:
 
 
 def normalize(ink: np.ndarray) -> np.ndarray:
-    """Shrink cropped ink (h, w) so that its longer side is 30 pixels, and centre it in (32, 32)."""
+    """Shrink cropped ink (h, w) so that its longer side is 30 pixels, and center it in (32, 32)."""
     height, width = ink.shape
     factor = LONGER_SIDE / max(height, width)
     size = max(1, round(width * factor)), max(1, round(height * factor))

@@ -54,7 +54,7 @@ def test_three_may_share_an_image(font: Path) -> None:
     assert render.render_font([font], "水木金").present.all()
 
 
-def test_glyphs_are_centred_with_the_longer_side_at_30_pixels(font: Path) -> None:
+def test_glyphs_are_centered_with_the_longer_side_at_30_pixels(font: Path) -> None:
     box, bar = render.render_font([font], "日一").images
     rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
     assert (rows[0], rows[-1]) == (1, 30)

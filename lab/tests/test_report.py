@@ -78,7 +78,7 @@ def test_what_was_compared_at_two_scales_says_so() -> None:
     assert "**ExpFace exact higher** (s = 8 against 14) |" in markdown(tables(plan.quick(), runs), "there")
 
 
-def test_shares_of_the_tries_at_one_scale_the_least_first() -> None:
+def test_shares_of_the_trials_are_sorted() -> None:
     tried = Run(TUNING, "flip30", "expface", "exact", 0.8, 8.0, 1000)
     runs = {
         tried: record(0.5, (0.3, 0.4)),
