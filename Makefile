@@ -5,8 +5,8 @@ PY     := $(VENV)/bin/python
 OUT    ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton test-sanitized test-gpu test-triton36 audit audit-all audit-golden lint typecheck \
-	format clean \
+.PHONY: help demo test test-lab test-triton test-sanitized test-gpu test-triton36 audit audit-all audit-golden lint \
+	typecheck format clean \
 	bench bench-quick bench-sweep bench-gpu readme-tables study study-quick
 
 help:  ## list the targets
@@ -105,14 +105,17 @@ bench-gpu: $(READY)  ## tune the kernels, then measure, on this machine's GPU (1
 readme-tables: $(VENV)/.installed  ## README's tables and measured numbers, from bench/results
 	$(PY) -m bench readme
 
-study: $(VENV)/.installed  ## label noise under every margin (hours; goes on where it was stopped): docs/analysis.md
-	$(PY) -m examples.glyphs.noise_study run
-	$(PY) -m examples.glyphs.noise_study report --docs
+test-lab: $(VENV)/.installed  ## the tests of lab/, which `make test` leaves out
+	$(PY) -m pytest -n 2 lab/tests
+
+study: $(VENV)/.installed  ## label noise under every margin (hours; continues where it was stopped): docs/analysis.md
+	$(PY) -m lab.noise_study run
+	$(PY) -m lab.noise_study report --docs
 
 study-quick: $(VENV)/.installed  ## the same path at toy size, as CI runs it (under a minute)
 	rm -rf $(OUT)/study-quick
-	$(PY) -m examples.glyphs.noise_study run --quick --out $(OUT)/study-quick
-	$(PY) -m examples.glyphs.noise_study report --quick --out $(OUT)/study-quick
+	$(PY) -m lab.noise_study run --quick --out $(OUT)/study-quick
+	$(PY) -m lab.noise_study report --quick --out $(OUT)/study-quick
 
 clean:  ## remove what building and running leave behind, .venv included
 	rm -rf $(VENV) build out *.egg-info expface_kernels/*.so .mypy_cache .ruff_cache .pytest_cache

@@ -92,9 +92,7 @@ def verify(path: Path) -> None:
     sums = checksum_file(path)
     for needed in (path, sums):
         if not needed.is_file():
-            raise DataError(
-                f"no glyph data: {needed} does not exist (examples/glyphs/build_dataset.py writes it)"
-            )
+            raise DataError(f"no glyph data: {needed} does not exist (lab/build_dataset.py writes it)")
     expected, got = sums.read_text().split()[0], sha256(path)
     if got != expected:
         raise DataError(f"{path} is damaged or was changed: expected SHA-256 {expected}, got {got}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from pathlib import Path
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import examples.glyphs  # noqa: F401, I001 - before torch, for OMP_WAIT_POLICY
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -28,6 +31,7 @@ from torch import Tensor
 
 from bench import machine
 from examples.glyphs import pictures
+from examples.glyphs.arguments import Parser, failed, make_file, make_folder, positive_integer, seed
 from examples.glyphs.dataset import COMPACT_FILE, DataError, Glyphs, load
 from examples.glyphs.head_timing import HeadCost, Size, as_fields, measure
 from examples.glyphs.model import EMBEDDING_SIZE, embed, make_net
@@ -50,7 +54,7 @@ TAR_NEEDED, RANK1_NEEDED = 0.74, 0.83
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to do: the whole demo, or a toy that only shows that everything runs and need not be good."""
+    """Says how much to do: the whole demo, or a toy that only shows that everything runs."""
 
     recipe: Recipe
     timing: Size
@@ -60,7 +64,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """One trained head: how training went and what verification measured; e (K, F, D) test embeddings."""
+    """Holds how a head trained and what verification measured; e (K, F, D) test embeddings."""
 
     records: list[EpochRecord]
     curve: pictures.Curve
@@ -69,21 +73,25 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 1 when the data, the training or the quality is not as it should be."""
+    """Return the exit status: 0; 1 where training failed or ExpFace missed its quality; 2 for bad input."""
     options = _parser().parse_args(arguments)
     console = Console()
     plan = make_plan(options)
     start = time.perf_counter()
     try:
         glyphs = load(options.data)
-        _make_room(options.out, options.json)
+        make_folder("--out", options.out)
+        if options.json is not None:
+            make_file("--json", options.json)
+    except (DataError, ValueError) as error:
+        return failed(error, 2)
+    try:
         if plan.toy:
             glyphs = Glyphs(glyphs.train.subset(64, 6), glyphs.validation, glyphs.test.subset(40, 4))
         _announce(console, glyphs, options.losses, plan, options.out)
         runs = {name: _run(console, name, glyphs, plan.recipe) for name in dict.fromkeys(options.losses)}
-    except (DataError, TrainingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except TrainingError as error:
+        return failed(error, 1)
     console.print(_verification_table(runs))
     _save_pictures(options.out, runs, glyphs)
     console.print(f"\nTiming one step of the head at {plan.timing.classes:,} classes ...")
@@ -98,31 +106,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return quality_status(runs, plan.recipe) if plan.demanding else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Open-set verification of kanji glyphs with margin-softmax heads."
-    )
+def _parser() -> Parser:
+    parser = Parser(description="Open-set verification of kanji glyphs with margin-softmax heads.")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=["expface"], help="default: expface")
-    parser.add_argument("--epochs", type=_positive, help=f"default {Recipe().epochs}")
+    parser.add_argument("--epochs", type=positive_integer, help=f"default {Recipe().epochs}")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of network, head, order and augmentation (default 0)"
+        "--seed", type=seed, default=0, help="of network, head, order and augmentation (default 0)"
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures (default out)")
-    parser.add_argument("--data", type=Path, default=COMPACT_FILE, help="another .npz of build_dataset.py")
+    parser.add_argument(
+        "--data", type=Path, default=COMPACT_FILE, help="another .npz of lab/build_dataset.py"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there")
     parser.add_argument("--toy", action="store_true", help="a tiny subset and 1 epoch, no demand on quality")
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
 def make_plan(options: argparse.Namespace) -> Plan:
-    """The sizes that the command line asks for."""
+    """Return the sizes that the command line asks for."""
     if options.toy:
         recipe = Recipe(epochs=options.epochs or 1, batch=64, seed=options.seed)
         return Plan(recipe, Size(rows=32, classes=2000, features=64, rounds=2), toy=True, demanding=False)
@@ -219,7 +220,8 @@ def _verification_table(runs: dict[str, Run]) -> Table:
 
 def _timing_table(costs: dict[str, HeadCost], size: Size) -> Table:
     title = (
-        f"One step, B={size.rows}, C={size.classes:,}, D={size.features}, float32 (median of {size.rounds})"
+        f"One step, B={size.rows}, C={size.classes:,}, D={size.features}, float32 (median of {size.rounds}), "
+        f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("head")
@@ -237,7 +239,7 @@ def _timing_table(costs: dict[str, HeadCost], size: Size) -> Table:
 def _figures(
     runs: dict[str, Run], glyphs: Glyphs, plan: Plan, costs: dict[str, HeadCost], seconds: float
 ) -> dict[str, object]:
-    """All that the demo printed, for JSON; seconds and bytes."""
+    """Collect all that the demo printed, for JSON; seconds and bytes."""
     return {
         **{name: machine.describe()[name] for name in ("cpu", "cores", "torch", "commit")},
         "seconds": seconds,
@@ -257,14 +259,8 @@ def _figures(
             for name, run in runs.items()
         },
         "heads": as_fields(costs),
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
     }
-
-
-def _make_room(out: Path, figures: Path | None) -> None:
-    """OSError where the folder or the file cannot be made: now, not after the training."""
-    out.mkdir(parents=True, exist_ok=True)
-    if figures is not None:
-        figures.touch()
 
 
 def _save_pictures(out: Path, runs: dict[str, Run], glyphs: Glyphs) -> None:
@@ -277,7 +273,7 @@ def _save_pictures(out: Path, runs: dict[str, Run], glyphs: Glyphs) -> None:
 
 
 def quality_status(runs: dict[str, Run], recipe: Recipe) -> int:
-    """0 if ExpFace reached what it must, or was not trained; else 1, and why."""
+    """Return 0 if ExpFace reached its quality or was not trained; otherwise print why not and return 1."""
     if "expface" not in runs:
         return 0
     result = runs["expface"].verification
@@ -289,12 +285,8 @@ def quality_status(runs: dict[str, Run], recipe: Recipe) -> int:
     ]
     if not short:
         return 0
-    print(
-        f"error: expface missed its quality after {recipe.epochs} epochs (the recipe has {Recipe().epochs}): "
-        f"{'; '.join(short)}",
-        file=sys.stderr,
-    )
-    return 1
+    epochs = f"{recipe.epochs} epochs (the recipe has {Recipe().epochs})"
+    return failed(f"expface missed its quality after {epochs}: {'; '.join(short)}", 1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The exit status is 0 only if the ranking reached the AUC below (not asked of --t
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -18,11 +17,14 @@ from pathlib import Path
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import examples.glyphs  # noqa: F401, I001 - before torch, for OMP_WAIT_POLICY
+
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from examples.glyphs import pictures
+from examples.glyphs.arguments import Parser, failed, make_folder, positive_integer, seed
 from examples.glyphs.dataset import COMPACT_FILE, DataError, GlyphSet, load
 from examples.glyphs.label_noise import flip_labels
 from examples.glyphs.model import EMBEDDING_SIZE, make_net
@@ -42,7 +44,7 @@ TOY_CHARACTERS, TOY_FONTS = 48, 6
 
 @dataclass(frozen=True)
 class Found:
-    """What a run leaves: the ranker, the monitor, and how long the two took of all the training, seconds."""
+    """Holds what a run leaves: ranker, monitor, and the seconds that both took and that training took."""
 
     ranker: LabelNoiseRanker
     monitor: AngularMonitor
@@ -51,20 +53,17 @@ class Found:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where data, training or AUC are not as they should; 2 for bad input."""
+    """Return the exit status: 0; 1 where training failed or the AUC is too low; 2 for bad input."""
     options = _parser().parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     try:
         glyphs = _chosen(load(options.data).train, options.toy)
-    except DataError as error:
-        return _failed(error, 1)
-    images, truth = glyphs.samples()
-    classes = len(glyphs.characters)
-    try:
+        images, truth = glyphs.samples()
+        classes = len(glyphs.characters)
         labels, is_noisy = flip_labels(truth, classes, options.share, options.seed)
-        options.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        return _failed(error, 2)
+        make_folder("--out", options.out)
+    except (DataError, ValueError) as error:
+        return failed(error, 2)
     recipe = Recipe(epochs=options.epochs or (2 if options.toy else EPOCHS), seed=options.seed)
     if options.toy:
         recipe = Recipe(epochs=recipe.epochs, batch=64, seed=recipe.seed)
@@ -75,43 +74,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = search(images, labels, classes, recipe, console)
     except TrainingError as error:
-        return _failed(error, 1)
+        return failed(error, 1)
     quality = _report(console, found, is_noisy)
     _save_pictures(options.out, found, images, labels, truth, options.suspects)
     console.print(f"The top {options.suspects} suspects: {options.out / 'suspects.png'}")
     if quality is not None and quality.auc < AUC_NEEDED and not options.toy:
-        return _failed(f"AUC {quality.auc:.4f}, expected at least {AUC_NEEDED}", 1)
+        return failed(f"AUC {quality.auc:.4f}, expected at least {AUC_NEEDED}", 1)
     return 0
 
 
-def _failed(error: object, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return status
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Find wrong labels by their angles, in one training.")
+def _parser() -> Parser:
+    parser = Parser(description="Find wrong labels by their angles, in one training.")
     parser.add_argument(
         "--share", type=float, default=0.15, help="of labels to flip, in [0, 1) (default 0.15)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of noise, network, head, order (default 0)")
-    parser.add_argument("--epochs", type=_positive, help=f"default {EPOCHS}")
-    parser.add_argument("--suspects", type=_positive, default=72, help="to draw (default 72)")
+    parser.add_argument("--seed", type=seed, default=0, help="of noise, network, head, order (default 0)")
+    parser.add_argument("--epochs", type=positive_integer, help=f"default {EPOCHS}")
+    parser.add_argument("--suspects", type=positive_integer, default=72, help="to draw (default 72)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures (default out)")
-    parser.add_argument("--data", type=Path, default=COMPACT_FILE, help="another .npz of build_dataset.py")
+    parser.add_argument(
+        "--data", type=Path, default=COMPACT_FILE, help="another .npz of lab/build_dataset.py"
+    )
     parser.add_argument("--toy", action="store_true", help="a tiny subset, no demand on quality")
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
 def _chosen(glyphs: GlyphSet, toy: bool) -> GlyphSet:
-    """The characters and fonts to train on."""
+    """Select the characters and fonts to train on."""
     fonts = FONTS[:TOY_FONTS] if toy else FONTS
     characters = TOY_CHARACTERS if toy else CHARACTERS
     missing = set(fonts) - set(glyphs.fonts)
@@ -159,7 +148,7 @@ def _report(console: Console, found: Found, is_noisy: Tensor) -> RankingQuality 
     try:
         quality = found.ranker.evaluate(is_noisy)
     except ValueError:
-        console.print("No AUC: it takes both wrong and right labels")
+        console.print("No AUC: it takes both clean and noisy labels")
         return None
     precisions = [f"{quality.precision:.3f} of the first {quality.k:,}"]
     precisions += [
@@ -174,7 +163,7 @@ def _report(console: Console, found: Found, is_noisy: Tensor) -> RankingQuality 
 def _save_pictures(
     out: Path, found: Found, images: Tensor, labels: Tensor, truth: Tensor, count: int
 ) -> None:
-    """The sheet of suspects, and where the last epoch's rows lay."""
+    """Save the sheet of suspects, and the angles of the last epoch."""
     sure = surest_of_each_class(found.ranker, labels, truth)
     blank = torch.zeros_like(images[0, 0])
     scores, likely = found.ranker.scores, found.ranker.likely_class
@@ -195,7 +184,7 @@ def _save_pictures(
 
 
 def surest_of_each_class(ranker: LabelNoiseRanker, labels: Tensor, truth: Tensor) -> dict[int, int]:
-    """Class → the least suspicious sample that is rightly labelled so: a picture of the class."""
+    """Map each class to its least suspicious clean sample, as a picture of the class."""
     ranking = ranker.ranking()
     ranking = ranking[(labels == truth)[ranking]]
     # From the most suspicious on: the last one stays.

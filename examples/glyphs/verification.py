@@ -27,7 +27,7 @@ class Scores:
     def threshold(self, far: float) -> float:
         """The (floor(far * I) + 1)-th impostor score from the top: at most far * I impostors lie above it."""
         if not 0 <= far < 1:
-            raise ValueError(f"far must be at least 0 and below 1, got {far}")
+            raise ValueError(f"far: expected at least 0 and below 1, got {far}")
         return float(self.impostor[-1 - int(far * len(self.impostor))])
 
     def tar(self, far: float) -> float:
@@ -108,4 +108,11 @@ def _cosines(e: Tensor, pairs: Iterator[tuple[int, int]]) -> Iterator[np.ndarray
 
 def _check(e: Tensor) -> None:
     if e.dim() != 3 or e.shape[0] < 2 or e.shape[1] < 2:
-        raise ValueError(f"embeddings must be (K, F, D) with K, F at least 2, got {tuple(e.shape)}")
+        raise ValueError(f"embeddings: expected (K, F, D) with K, F at least 2, got {tuple(e.shape)}")
+    finite = e.isfinite().all(dim=2)
+    if not bool(finite.all()):
+        count, first = int((~finite).sum()), tuple((~finite).nonzero()[0].tolist())
+        raise ValueError(
+            f"embeddings: expected finite numbers, got NaN or infinity in {count} of {finite.numel()} "
+            f"glyphs, the first at (character, font) {first}"
+        )

@@ -80,28 +80,6 @@ def test_the_sheet_shows_given_and_likely_class(tmp_path: Path, monkeypatch: pyt
     assert [round(s.score, 3) for s in shown] == [round(a - torch.pi / 2, 3) for a in (1.9, 1.8)]
 
 
-@pytest.mark.parametrize("share", ["1", "-0.1", "nan"])
-def test_noise_outside_0_to_1_is_refused(
-    share: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert find_wrong_labels.main(["--toy", "--share", share, "--out", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert "share: expected" in error
-    assert error.count("\n") == 1
-    assert not out.exists()
-
-
-def test_missing_data_and_a_file_for_a_folder_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert find_wrong_labels.main(["--toy", "--data", str(tmp_path / "none.npz")]) == 1
-    assert "none.npz does not exist" in capsys.readouterr().err
-    (tmp_path / "file").touch()
-    assert find_wrong_labels.main(["--toy", "--out", str(tmp_path / "file")]) == 2
-    assert "file" in capsys.readouterr().err
-
-
 def test_a_poor_ranking_ends_with_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.glyphs import characters, dataset, fonts, notice
+from examples.glyphs import dataset
 
 
 @pytest.fixture(scope="module")
@@ -40,29 +40,6 @@ def test_splits_share_no_character_and_no_font(glyphs: dataset.Glyphs) -> None:
     assert len(set(seen)) == len(seen) == 2950
     used = [font for part in parts for font in part.fonts]
     assert len(set(used)) == len(used) == 32
-
-
-def test_splits_are_those_of_the_tables(glyphs: dataset.Glyphs) -> None:
-    train, validation, test = characters.split_characters()
-    assert (glyphs.train.characters, glyphs.validation.characters, glyphs.test.characters) == (
-        train,
-        validation,
-        test,
-    )
-    assert glyphs.train.fonts == tuple(font.key for font in fonts.TRAIN_FONTS)
-    assert glyphs.test.fonts == tuple(font.key for font in fonts.TEST_FONTS)
-
-
-def test_test_fonts_come_from_packages_that_train_nothing() -> None:
-    training = set(fonts.packages_of(fonts.TRAIN_FONTS + fonts.FULL_EXTRA_FONTS))
-    assert training.isdisjoint(fonts.packages_of(fonts.TEST_FONTS))
-
-
-def test_jis_levels() -> None:
-    first, second = characters.jis_kanji(1), characters.jis_kanji(2)
-    assert (len(first), len(second)) == (2965, 3390)
-    assert (first[0], first[-1], second[0]) == ("亜", "腕", "弌")
-    assert set(first).isdisjoint(second)
 
 
 def test_samples_are_the_present_images_with_their_class() -> None:
@@ -107,21 +84,3 @@ def test_damage_is_told_by_name(tmp_path: Path) -> None:
 def test_missing_data_is_told_by_name(tmp_path: Path) -> None:
     with pytest.raises(dataset.DataError, match=r"nowhere\.npz does not exist"):
         dataset.load(tmp_path / "nowhere.npz")
-
-
-def test_shipped_data_is_small_and_its_notice_complete() -> None:
-    assert dataset.COMPACT_FILE.stat().st_size <= 8_000_000
-    text = dataset.COMPACT_FILE.with_name("NOTICE").read_text(encoding="utf-8")
-    for package in fonts.packages_of(fonts.COMPACT_FONTS):
-        assert f"({package.name} {package.version})" in text
-        assert package.copyright in text
-    for words in ("Permission is hereby granted", "Redistributions in binary form", "LICENSE in the root"):
-        assert words in text
-
-
-def test_licence_text_is_cut_out_of_a_debian_copyright_file(tmp_path: Path) -> None:
-    path = tmp_path / "copyright"
-    path.write_text("Files: *\nLicense: MIT\n\nLicense: MIT\n First.\n .\n Last.\n\nFiles: debian/*\n")
-    assert notice.debian_licence_text(path, "MIT") == "First.\n\nLast."
-    with pytest.raises(ValueError, match="expected a text under 'License: BSD-3-Clause'"):
-        notice.debian_licence_text(path, "BSD-3-Clause")

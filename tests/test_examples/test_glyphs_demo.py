@@ -47,31 +47,6 @@ def test_toy_demo_prints_its_figures_and_writes_its_pictures(
     assert (figures["characters"], figures["fonts"], figures["test_fonts"]) == (64, 6, 4)
 
 
-def test_unknown_loss_is_named_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        demo.main(["--losses", "expface", "softface"])
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert "softface" in message
-    assert "sphereface" in message
-
-
-def test_missing_data_ends_the_demo_with_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["--toy", "--data", str(tmp_path / "none.npz")]) == 1
-    assert "none.npz does not exist" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["--out", "--json"])
-def test_a_place_that_cannot_be_written_ends_the_demo_before_it_trains(
-    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demo, "_run", lambda *arguments: pytest.fail("trained"))
-    (tmp_path / "file").touch()
-    options = {"--out": str(tmp_path / "out"), option: str(tmp_path / "file" / "below")}
-    assert demo.main(["--toy", *(word for pair in options.items() for word in pair)]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
-
-
 def _run(tar: float, rank1: float) -> demo.Run:
     """A run that verified with the given figures; nothing else of it is looked at."""
     scores = Scores(np.zeros(1, np.float32), np.zeros(1, np.float32))

@@ -89,9 +89,18 @@ def test_indistinguishable_glyphs_are_no_hits() -> None:
     assert verify_glyphs(e, ("a", "b")).auc == 0.5
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_embeddings_that_are_no_numbers_are_refused(e: torch.Tensor, value: float) -> None:
+    e[2, 1, 3] = value
+    with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 28 glyphs, the first at .* \(2, 1\)"):
+        verify_glyphs(e, ("a", "b", "c", "d"))
+    with pytest.raises(ValueError, match="embeddings: expected finite numbers"):
+        rank1_by_query_font(e)
+
+
 def test_far_and_shapes_are_checked() -> None:
     scores = Scores(np.zeros(1, np.float32), np.zeros(1, np.float32))
-    with pytest.raises(ValueError, match=r"far must be at least 0 and below 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"far: expected at least 0 and below 1, got 1\.5"):
         scores.threshold(1.5)
     with pytest.raises(ValueError, match=r"K, F at least 2, got \(3, 1, 4\)"):
         pair_scores(torch.ones((3, 1, 4)))

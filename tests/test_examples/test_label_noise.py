@@ -68,10 +68,10 @@ def glyph_set(characters: str, fonts: int = 2) -> GlyphSet:
     return GlyphSet(images, present, characters, tuple(f"font{f}" for f in range(fonts)))
 
 
-def test_outsiders_take_the_place_of_images_in_their_own_font() -> None:
-    known, outsiders = glyph_set("abcdefgh"), glyph_set("QRSTUVWX")
+def test_open_set_images_take_the_place_of_images_in_their_own_font() -> None:
+    known, open_set = glyph_set("abcdefgh"), glyph_set("QRSTUVWX")
     before = known.images.clone()
-    images, labels, is_noisy = replace_images(known, outsiders, 0.5, seed=4)
+    images, labels, is_noisy = replace_images(known, open_set, 0.5, seed=4)
     clean, expected = known.samples()
     assert torch.equal(known.images, before)
     assert torch.equal(labels, expected)
@@ -82,30 +82,30 @@ def test_outsiders_take_the_place_of_images_in_their_own_font() -> None:
         (chr(code), font)
         for code, font in zip(*images[is_noisy][:, 0, [1, 0], [1, 0]].T.tolist(), strict=True)
     ]
-    assert {letter for letter, _ in letters} <= set(outsiders.characters)
+    assert {letter for letter, _ in letters} <= set(open_set.characters)
     assert len(set(letters)) == 8  # none twice while there are enough
 
 
-def test_outsiders_are_used_again_where_they_are_too_few() -> None:
+def test_open_set_images_are_used_again_where_they_are_too_few() -> None:
     images, _, is_noisy = replace_images(glyph_set("abcdefgh"), glyph_set("QR"), 0.9, seed=0)
     assert set(images[is_noisy][:, 0, 5, 5].tolist()) == {ord("Q"), ord("R")}
 
 
 def test_missing_glyphs_are_neither_replaced_nor_used() -> None:
-    known, outsiders = glyph_set("abcd"), glyph_set("QRS")
-    known.present[0, 1] = outsiders.present[1, 0] = False
-    images, labels, is_noisy = replace_images(known, outsiders, 0.8, seed=1)
+    known, open_set = glyph_set("abcd"), glyph_set("QRS")
+    known.present[0, 1] = open_set.present[1, 0] = False
+    images, labels, is_noisy = replace_images(known, open_set, 0.8, seed=1)
     assert len(images) == len(labels) == len(is_noisy) == 7
     used = images[is_noisy][:, 0]
     assert (ord("R"), 0) not in {(int(image[5, 5]), int(image[0, 0])) for image in used}
 
 
-def test_outsiders_must_be_outside_and_in_the_same_fonts() -> None:
-    with pytest.raises(ValueError, match="outsiders: 1 characters are trained on too, such as b"):
+def test_open_set_must_be_outside_and_in_the_same_fonts() -> None:
+    with pytest.raises(ValueError, match="open_set: 1 characters are trained on too, such as b"):
         replace_images(glyph_set("ab"), glyph_set("bc"), 0.5, seed=0)
-    with pytest.raises(ValueError, match="outsiders: expected the fonts"):
+    with pytest.raises(ValueError, match="open_set: expected the fonts"):
         replace_images(glyph_set("ab"), glyph_set("cd", fonts=3), 0.5, seed=0)
     empty = glyph_set("cd")
     empty.present[:, 1] = False
-    with pytest.raises(ValueError, match="outsiders: none of them is drawn in font1"):
+    with pytest.raises(ValueError, match="open_set: expected images in every font, got none in font1"):
         replace_images(glyph_set("ab"), empty, 0.9, seed=0)
