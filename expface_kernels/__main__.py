@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
+from expface_kernels import __version__
+
 PROGRAM = "python -m expface_kernels"
 # Name → module with add_parser(subparsers) and main(options) -> int, loaded when it is called; its summary.
 COMMANDS = {
@@ -32,20 +34,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     name = next((word for word in argv if not word.startswith("-")), None)
-    if name is None and not {"-h", "--help"}.intersection(argv):
+    if name is None and not {"-h", "--help", "--version"}.intersection(argv):
         print(f"{PROGRAM}: expected a command of {', '.join(COMMANDS)} (see --help)", file=sys.stderr)
         return 2
     parser = Parser(prog=PROGRAM, description="Tools of expface_kernels; COMMAND --help says more.")
+    parser.add_argument("--version", action="version", version=f"expface_kernels {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     try:
         command = _added(subparsers, name)
         options = parser.parse_args(argv)
-        assert command is not None, "argparse has refused every other name"
+    except ValueError as error:
+        return _refuse(name, str(error))
+    assert command is not None, "argparse has refused every other name"
+    try:
         code: int = command.main(options)
         return code
     except (ValueError, OSError) as error:
-        print(f"{PROGRAM} {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(name, _by_options(str(error), options))
+
+
+def _refuse(command: str | None, message: str) -> int:
+    print(f"{PROGRAM} {command}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _by_options(message: str, options: argparse.Namespace) -> str:
+    """Name the arguments before a message's first colon as the command line does: `--sample-rate`."""
+    names, colon, rest = message.partition(":")
+    if not colon or not all(name in vars(options) for name in names.split(", ")):
+        return message
+    given = ", ".join("--" + name.replace("_", "-") for name in names.split(", "))
+    return f"argument {given}:{rest}"
 
 
 def _added(subparsers: argparse._SubParsersAction[Parser], chosen: str | None) -> ModuleType | None:

@@ -117,7 +117,10 @@ def describe() -> dict[str, Any]:
             "products": products.of(torch.float32).name,
             **extension(),
         },
-        "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
+        "threads": {
+            "torch": torch.get_num_threads(),
+            **{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")},
+        },
         "openmp_runtimes": openmp_runtimes(),
         "gpus": gpus(),
     }

@@ -1,39 +1,150 @@
-"""The code in the documentation runs as it stands, on as many ranks as it is about."""
+"""Every page of documentation runs: its Python, its commands, and what it shows of their output."""
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
+from safetensors.torch import load_file
 
+from expface_kernels.__main__ import PROGRAM, main
+from expface_kernels.analysis import plots
 from tests.distributed import run_ranks
 from tests.tolerances import SUM_ORDER, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 4  # all that the launcher has: the text speaks of the default group
+MARGIN = """
+import torch
+class Halved:
+    def __call__(self, theta):
+        return torch.cos(theta) / 2
+"""
+NUMBER = re.compile(r"[\d.,]+(?:e[-+]?\d+)?")
 
 
-def code(file: str, section: str = "") -> str:
-    """The python blocks of a page, or of its section of that name, one after the other."""
+def blocks(file: str, language: str, section: str = "") -> list[str]:
+    """Return the fenced blocks of a page, or of its section of that name."""
     text = (ROOT / file).read_text()
     if section:
         text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert blocks, f"{file}: no code in {section or 'it'}"
-    return "\n".join(blocks)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    found = [block for name, block in fenced if name == language]
+    assert found, f"{file}: no {language or 'plain'} block in {section or 'it'}"
+    return found
 
 
-def run(group: Any, text: str, name: str) -> dict[str, Any]:
-    """What the code leaves: the last loss, and where the head's parameters are."""
-    names: dict[str, Any] = {"torch": torch}
+def execute(file: str, code: list[str], **names: Any) -> dict[str, Any]:
+    """Run blocks one after the other in one namespace, and return it."""
+    for block in code:
+        exec(compile(block, file, "exec"), names)
+    return names
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Change to a user's directory, with a margin in it."""
+    (tmp_path / "mymargins.py").write_text(MARGIN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_the_python_of_curves_runs(folder: Path) -> None:
+    names = execute("docs/curves.md", blocks("docs/curves.md", "python"))
+    assert [angles.rows for angles in names["monitor"].epochs] == [384, 384]
+    assert len(names["ranker"].ranking()) == 384
+    assert (folder / "angles.png").is_file()
+    assert torch.load("monitor.pt", weights_only=True)["epoch"] == 3
+
+
+def test_the_table_of_curves_is_what_the_command_prints(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plots, "draw_views", lambda margins, out: [])
+    assert main(["curves"]) == 0
+    printed = capsys.readouterr().out.split("Pictures:")[0]
+    (table,) = blocks("docs/curves.md", "")
+    assert [line.rstrip() for line in printed.splitlines()] == table.splitlines()
+
+
+def test_the_python_of_checkpoints_runs_and_may_be_pasted_again(folder: Path) -> None:
+    names = execute("docs/checkpoints.md", 2 * blocks("docs/checkpoints.md", "python"))
+    assert torch.equal(names["other"].weight, names["centres"])
+    assert torch.equal(names["smaller"].weight[[0, 2]], names["centres"][[7, 0]])
+    assert load_file("new-centres.safetensors")["optimizer.step"].item() == 1
+
+
+def test_the_python_of_tools_runs() -> None:
+    for block in blocks("docs/tools.md", "python"):
+        execute("docs/tools.md", [block], __name__="docs")
+
+
+def _commands() -> Iterator[tuple[str, str]]:
+    """Yield (arguments, what the page shows or nothing) of each console block."""
+    for block in blocks("docs/tools.md", "console"):
+        first, _, shown = block.partition("\n")
+        assert first.startswith(f"$ {PROGRAM} ")
+        yield first.removeprefix(f"$ {PROGRAM} "), shown
+
+
+def _printed(call: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Return a command's exit code and output.
+
+    A CPU's plan runs in a process of its own: here it would count that buffers are filled with NaN, for other
+    tests.
+    """
+    if not call.startswith("plan") or "--device" in call:
+        return main(shlex.split(call)), capsys.readouterr().out
+    done = subprocess.run(
+        [sys.executable, "-m", "expface_kernels", *shlex.split(call)],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"},  # or the library of the products would show
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def _difference(shown: str, printed: str) -> str:
+    """Say where two texts differ, apart from numbers and widths, which depend on the machine."""
+    for expected, got in zip_longest(shown.splitlines(), printed.splitlines(), fillvalue=""):
+        one, two = (re.sub(r"[\s━─]+", " ", NUMBER.sub("N", line)).strip() for line in (expected, got))
+        if one != two:
+            return f"{one!r} is {two!r}"
+    return ""
+
+
+@pytest.mark.parametrize(("command", "shown"), list(_commands()), ids=lambda text: text[:40])
+def test_each_command_shows_what_the_page_shows(
+    command: str, shown: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call, _, tail = command.partition(" | tail -")
+    code, printed = _printed(call, capsys)
+    assert code == (1 if "does not fit" in printed else 0), printed
+    if tail:
+        printed = "".join(printed.splitlines(keepends=True)[-int(tail) :])
+    if not shown:
+        assert printed
+    elif call.startswith("plan"):
+        assert printed == shown  # nothing in it depends on the machine
+    else:
+        assert _difference(shown, printed) == ""
+
+
+def _run_rank(group: Any, file: str, code: list[str]) -> dict[str, Any]:
+    """Return what the code leaves on a rank: the last loss, the norms of the backbone's parameters."""
     torch.manual_seed(group.rank())
-    with mock.patch.multiple(dist, init_process_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT):
-        exec(compile(text, name, "exec"), names)
+    # The launcher has made the default group, and ends it.
+    started = [re.sub(r"^.*(init|destroy)_process_group\(.*\n", "", block, flags=re.MULTILINE) for block in code]
+    names = execute(file, started, torch=torch)
     with torch.no_grad():
         norms = [p.detach().double().norm() for p in names["backbone"].parameters()]
     classes = names.get("classes", torch.zeros(0))
@@ -44,7 +155,7 @@ def run(group: Any, text: str, name: str) -> dict[str, Any]:
     ("file", "section"), [("docs/partial_fc.md", ""), ("README.md", "Many processes, samples of classes")]
 )
 def test_code_for_many_ranks_runs(file: str, section: str) -> None:
-    results = run_ranks(RANKS, run, code(file, section), file)
+    results = run_ranks(RANKS, _run_rank, file, blocks(file, "python", section))
     assert results[0]["loss"] > 0
     for found in results[1:]:
         assert found["loss"] == results[0]["loss"]  # the rows differ, the loss is of all

@@ -127,7 +127,7 @@ class AngleCounts:
                 raw(f"{tag}/{name}", **_raw_histogram(counts, math.degrees(mean)), global_step=self.epoch)
             else:
                 percents = [100 * (i + 0.5) / SAMPLES for i in range(SAMPLES)]
-                values = torch.tensor(_percentiles(counts, percents), dtype=torch.float64)
+                values = torch.tensor(_percentiles(counts, percents), dtype=torch.float64, device="cpu")
                 writer.add_histogram(f"{tag}/{name}", torch.rad2deg(values), self.epoch)
 
 
@@ -136,7 +136,7 @@ def _percentiles(counts: Tensor, percents: Sequence[float]) -> list[float]:
     total = int(counts.sum())
     if not total:
         return [math.nan] * len(percents)
-    wanted = torch.tensor(percents, dtype=torch.float64)
+    wanted = torch.tensor(percents, dtype=torch.float64, device=counts.device)
     if not bool(((wanted >= 0) & (wanted <= 100)).all()):
         raise ValueError(f"percents: expected numbers in [0, 100], got {list(percents)}")
     cumulated = counts.cumsum(0).double()
@@ -150,7 +150,7 @@ def _percentiles(counts: Tensor, percents: Sequence[float]) -> list[float]:
 def _raw_histogram(counts: Tensor, mean: float) -> dict[str, Any]:
     """Arguments of add_histogram_raw: one bucket a degree; degrees."""
     per_degree = counts.view(180, -1).sum(1)
-    limits = torch.arange(1, 181, dtype=torch.float64)
+    limits = torch.arange(1, 181, dtype=torch.float64, device=counts.device)
     total = int(counts.sum())
     filled = torch.nonzero(counts)[:, 0]
     return {

@@ -52,7 +52,7 @@ class AngularMonitor:
         self.process_group = process_group
         self.epoch = 1
         self.epochs: list[AngleCounts] = []
-        self._counts = torch.zeros(numel(bins), dtype=torch.float64)
+        self._counts = torch.zeros(numel(bins), dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def update(self, stats: BatchStats) -> None:
@@ -112,12 +112,22 @@ class AngularMonitor:
         self.latest().write(writer, tag)
 
     def draw(self, file: str | Path, margins: Sequence[MarginFunction] = ()) -> None:
-        """Save `latest()` as a PNG, with the decision boundary of each margin over it; needs matplotlib."""
+        """Save `latest()` as a PNG, with the decision boundary of each margin drawn over it.
+
+        Needs matplotlib: ImportError without it names the extra that installs it. ValueError without rows.
+        """
         for margin in margins:
             check_margin(margin)
-        from expface_kernels.analysis import plots  # matplotlib only where it is drawn
-
-        plots.save(plots.distribution_figure(self.latest(), margins), Path(file))
+        angles = self.latest()
+        if not angles.rows:
+            raise ValueError(f"monitor: expected rows to draw, got none in epoch {angles.epoch}")
+        try:
+            from expface_kernels.analysis import plots  # matplotlib only where it is drawn
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("expface_kernels"):
+                raise
+            raise ImportError(f"draw needs {error.name}: pip install 'expface_kernels[analysis]'") from error
+        plots.save(plots.distribution_figure(angles, margins), Path(file))
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and CPU tensors; the running counts are this process's own."""

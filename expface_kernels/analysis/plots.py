@@ -134,7 +134,7 @@ def distribution_figure(angles: AngleCounts, margins: Sequence[MarginFunction]) 
 def _draw_lines(
     axes: Axes, values: Callable[[MarginFunction, Tensor], Tensor], margins: Sequence[MarginFunction]
 ) -> None:
-    theta = torch.linspace(0, math.pi, POINTS, dtype=torch.float64).clamp_max(math.pi)
+    theta = torch.linspace(0, math.pi, POINTS, dtype=torch.float64, device="cpu").clamp_max(math.pi)
     for i, margin in enumerate(margins):
         style = STYLES[i % len(STYLES)]
         x, y = torch.rad2deg(theta).numpy(), values(margin, theta).numpy()

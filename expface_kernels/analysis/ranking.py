@@ -55,9 +55,9 @@ class LabelNoiseRanker:
             raise ValueError(f"smoothing: expected a number in [0, 1), got {smoothing}")
         self.num_samples = num_samples
         self.smoothing = float(smoothing)
-        self._weighted = torch.zeros(num_samples, dtype=torch.float64)
-        self._weight = torch.zeros(num_samples, dtype=torch.float64)
-        self._likely = torch.full((num_samples,), -1)
+        self._weighted = torch.zeros(num_samples, dtype=torch.float64, device="cpu")
+        self._weight = torch.zeros(num_samples, dtype=torch.float64, device="cpu")
+        self._likely = torch.full((num_samples,), -1, device="cpu")
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @torch.no_grad()

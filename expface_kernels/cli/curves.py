@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
 def main(options: argparse.Namespace) -> int:
     """Describe, draw, print; returns 0. ValueError or OSError, one line, before anything is drawn."""
     if options.only and not options.margin:
-        raise ValueError("--only: expected at least one --margin beside it")
+        raise ValueError("only: expected at least one --margin beside it")
     margins = [*([] if options.only else (make() for make in MARGINS.values())), *options.margin]
     descriptions = [_described(margin) for margin in margins]
     try:
@@ -58,7 +58,13 @@ def main(options: argparse.Namespace) -> int:
             raise
         raise ValueError(f"needs {error.name}: pip install 'expface_kernels[analysis]'") from error
     if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out: expected a directory, got the file {options.out}")
+        raise ValueError(f"out: expected a directory, got the file {options.out}")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"out: expected a directory that can be made, got {options.out}: {error.strerror}"
+        ) from error
     files = plots.draw_views(margins, options.out)
     data = {"unit": "radians", "margins": [description.as_dict() for description in descriptions]}
     write_json(options.json, data)
@@ -73,7 +79,7 @@ def _described(margin: MarginFunction) -> Description:
         return describe(margin)
     except Exception as error:  # a user's margin may raise anything
         text = str(error).removeprefix("margin: ")
-        raise ValueError(f"--margin {label(margin)}: {text or type(error).__name__}") from error
+        raise ValueError(f"margin: {label(margin)}: {text or type(error).__name__}") from error
 
 
 def _table(descriptions: Sequence[Description]) -> Table:

@@ -61,8 +61,6 @@ def add_parser(subparsers: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Exit code 0 where the policy holds, else 1; ValueError for what cannot be checked."""
-    if not 0 < options.scale < math.inf:
-        raise ValueError(f"argument --scale: expected a finite number above 0, got {options.scale}")
     dtype = getattr(torch, options.dtype)
     device = options.device or _default_device(options.backend)
     _check_serves(options.backend, dtype, device)
@@ -94,14 +92,14 @@ def _default_device(backend: str) -> str:
 def _check_serves(backend: str, dtype: torch.dtype, device: str) -> None:
     """ValueError with the backend's own reason."""
     if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"argument --device: expected cpu, cuda or cuda:N, got {device!r}")
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
     if backend == "triton" and backends.available()["triton"] != "ok":
         raise ValueError(
-            f"argument --backend: triton cannot run here: {backends.available()['triton']}; with "
+            f"backend: triton cannot run here: {backends.available()['triton']}; with "
             "TRITON_INTERPRET=1 in the environment it runs on the CPU, in Triton's interpreter"
         )
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"argument --device: torch sees no GPU here, got {device!r}")
+        raise ValueError(f"device: torch sees no GPU here, got {device!r}")
     try:
         like = torch.empty((1, 1), dtype=dtype, device=device)
         backends.serving(backends.resolve(backend, like, like), like, like)
@@ -121,12 +119,12 @@ def _check_fits(rows: int, classes: int, features: int) -> None:
 
 def _check_margin(margin: MarginFunction, rows: int) -> None:
     """ValueError for a margin that raises, or returns no psi."""
-    theta = torch.linspace(0.0, math.pi, rows, dtype=torch.float64)
+    theta = torch.linspace(0.0, math.pi, rows, dtype=torch.float64, device="cpu")
     try:
         target_similarity(margin, theta, "exact")
     except Exception as error:  # a user's own code may raise anything
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"argument --margin: {margin!r} of {rows} angles raised {text}") from error
+        raise ValueError(f"margin: {margin!r} of {rows} angles raised {text}") from error
 
 
 def print_report(report: GradientReport, out: Console) -> None:

@@ -47,12 +47,21 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         lines += [("kernels' threads", f"of {cpu['thread_runtime']}")]
     limit = threads["OMP_NUM_THREADS"]
     lines += [("torch threads", f"{threads['torch']}" + (f" (OMP_NUM_THREADS={limit})" if limit else ""))]
+    lines += [("waiting threads", _waiting(threads["OMP_WAIT_POLICY"]))]
     lines += [("OpenMP runtimes", _openmp(found["openmp_runtimes"]))]
     lines += [
         (f"gpu {i}", f"{gpu['name']}, {gigabytes(gpu['memory_bytes'])}, compute {gpu['compute_capability']}")
         for i, gpu in enumerate(found["gpus"])
     ]
     return lines if found["gpus"] else [*lines, ("gpu", "none that torch sees")]
+
+
+def _waiting(policy: str | None) -> str:
+    """What OpenMP's threads do between two parallel loops, and what to set where other programs run too."""
+    if (policy or "").lower() == "passive":
+        return "sleep (OMP_WAIT_POLICY=passive)"
+    told = f"OMP_WAIT_POLICY={policy}" if policy else "OMP_WAIT_POLICY is not set"
+    return f"may spin ({told}); on a busy machine set OMP_WAIT_POLICY=passive before Python starts"
 
 
 def _openmp(paths: list[str] | None) -> str:

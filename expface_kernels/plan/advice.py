@@ -165,8 +165,12 @@ def _changes(job: Job, smallest: int | None) -> list[tuple[str, Job]]:
         found.append((f"optimizer {LIGHTER[job.optimizer]}", {"optimizer": LIGHTER[job.optimizer]}))
     if job.sample_rate > SAMPLED_RATE:
         sparse = job.ranks == 1 and job.optimizer in SPARSE_TEMPORARY and not job.weight_decay
-        name = f"sample_rate={SAMPLED_RATE}" + (", sparse_grad=True" if sparse else "")
-        found.append((name, {"sample_rate": SAMPLED_RATE, "sparse_grad": sparse or job.sparse_grad}))
+        name, changed = f"sample_rate={SAMPLED_RATE}", {"sample_rate": SAMPLED_RATE}
+        if sparse and not job.sparse_grad:
+            name, changed = f"{name}, sparse_grad=True", {**changed, "sparse_grad": True}
+        if sparse and job.fused:  # no fused optimizer takes a sparse gradient
+            name, changed = f"{name}, fused=False", {**changed, "fused": False}
+        found.append((name, changed))
     if job.dtype in ("float32", "float64"):
         name = "bfloat16" if job.dtype == "float32" else "float32"
         found.append((f"{name} centres", {"dtype": name}))

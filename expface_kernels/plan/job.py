@@ -83,10 +83,13 @@ class Job:
         check_number("weight_decay", self.weight_decay)
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay: expected a finite number, 0 or more, got {self.weight_decay}")
-        if self.fused and (self.optimizer not in FUSED or self.sparse_grad):
+        if self.fused and self.optimizer not in FUSED:
+            raise ValueError(f"fused: expected an optimizer of {FUSED}, got {self.optimizer}")
+        if self.fused and self.sparse_grad:
             raise ValueError(
-                f"fused: expected an optimizer of {FUSED}, dense gradients, got {self.optimizer}"
+                "fused: expected dense gradients, got sparse_grad, which no fused optimizer takes"
             )
+        self._check_reserved()
         self._check_sparse()
         self._check_sizes()
 
@@ -102,6 +105,16 @@ class Job:
             if size > LARGEST_TENSOR:
                 about = f"some 10**{len(str(size)) - 1}"  # it may be too large for a float
                 raise ValueError(f"{name}: expected at most 2**59, which a tensor can hold, got {about}")
+
+    def _check_reserved(self) -> None:
+        """Check that the reserved bytes leave something, where it is known of how much."""
+        device = DEVICES[self.device]
+        memory = device.memory_bytes if self.memory_bytes is None else self.memory_bytes
+        if memory is not None and self.reserved_bytes >= device.usable * memory:
+            raise ValueError(
+                f"reserved_bytes: expected less than {device.usable:.0%} of the device's {memory:,} bytes, "
+                f"which can be filled, got {self.reserved_bytes:,}"
+            )
 
     def _check_sparse(self) -> None:
         sparse_only = self.optimizer == "sparse-adam"

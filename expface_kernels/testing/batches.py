@@ -30,7 +30,7 @@ def batch(kind: str, rows: int, classes: int, features: int, seed: int = 0) -> t
     """
     g = torch.Generator().manual_seed(seed)
     w = _normal((classes, features), g) * INIT_STD
-    y = torch.randint(classes, (rows,), generator=g)
+    y = torch.randint(classes, (rows,), generator=g, device="cpu")
     if kind == "flat":
         assert classes == 3, "flat has 3 classes"
         w = _normal((1, features), g) * INIT_STD + 0.05 * w
@@ -38,20 +38,20 @@ def batch(kind: str, rows: int, classes: int, features: int, seed: int = 0) -> t
     toward, away = _unit(w[y]), _unit(w[(y + 1) % classes])
     sideways = _unit_tangents(toward, g)
     lengths = torch.exp(_normal((rows, 1), g) * 0.5) * 3  # an embedding's norm carries no meaning
-    turn = torch.arange(rows)
-    near = torch.tensor(NEAR_ANGLES, dtype=torch.float64)[turn % len(NEAR_ANGLES)][:, None]
+    turn = torch.arange(rows, device="cpu")
+    near = torch.tensor(NEAR_ANGLES, dtype=torch.float64, device="cpu")[turn % len(NEAR_ANGLES)][:, None]
     made = {
         "random": _unit(_normal((rows, features), g)),
         "near_centre": _rotated(toward, sideways, near),
         "opposite": -_rotated(toward, sideways, near),
-        "learnt": _rotated(toward, sideways, torch.full((rows, 1), LEARNT_ANGLE, dtype=torch.float64)),
+        "learnt": _rotated(toward, sideways, torch.full_like(near, LEARNT_ANGLE)),
         "wrong_class": away,
         "flat": -_rotated(toward, sideways, near),
     }
     order = ("random", "near_centre", "opposite", "learnt", "wrong_class")
     made["mixed"] = torch.stack([made[name] for name in order])[turn % len(order), turn]
     # Shifted by chance, so that no row stands at 90 degrees and the like, where margins change their course.
-    shift = torch.rand(1, generator=g, dtype=torch.float64)
+    shift = torch.rand(1, generator=g, dtype=torch.float64, device="cpu")
     made["spread"] = _rotated(toward, sideways, math.pi * ((turn + shift) / rows)[:, None])
     x = made[kind] * lengths
     if kind in ("near_centre", "opposite"):
@@ -63,7 +63,7 @@ def batch(kind: str, rows: int, classes: int, features: int, seed: int = 0) -> t
 
 
 def _normal(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=g, dtype=torch.float64)
+    return torch.randn(shape, generator=g, dtype=torch.float64, device="cpu")
 
 
 def _unit(v: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def difference_error(
     # Six halves of a step reach as far as the stencil's three.
     after, before = _slopes(margin, theta, row_steps / 2)
     row_steps = torch.where(_apart(after, before) > SMOOTH, 0.0, row_steps)
-    class_steps = torch.full((w.shape[0],), step, dtype=torch.float64)
+    class_steps = torch.full((w.shape[0],), step, dtype=torch.float64, device="cpu")
     class_steps.scatter_reduce_(0, y, row_steps, "amin")
     if not bool((row_steps > 0).any()):
         return None
@@ -87,7 +87,7 @@ def slope_error(margin: MarginFunction, theta: Tensor) -> tuple[float, float]:
     """
     rows = theta.shape[0]
     turns = math.ceil(GRID / rows)
-    points = torch.arange(turns * rows, dtype=torch.float64) + GRID_SHIFT
+    points = torch.arange(turns * rows, dtype=torch.float64, device="cpu") + GRID_SHIFT
     grid = math.pi * points.reshape(turns, rows) / points.numel()
     angles = torch.cat([theta[None], grid])
     errors = torch.stack([_slope_errors(margin, at) for at in angles])
@@ -132,6 +132,6 @@ def _error(losses: list[Tensor], along: Tensor, gradient: Tensor) -> Tensor:
 
 def _direction(at: Tensor, steps: Tensor, generator: torch.Generator) -> Tensor:
     """Random moves of the rows (R, D) of `at`, as long as `steps` (R,) radians seen from the origin."""
-    v = torch.randn(at.shape, generator=generator, dtype=torch.float64)
+    v = torch.randn(at.shape, generator=generator, dtype=torch.float64, device="cpu")
     length = steps * at.norm(dim=1) / v.norm(dim=1)
     return v * length[:, None]

@@ -27,11 +27,12 @@ def leaves(x: Tensor, w: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Te
 
 
 def backward(loss: Tensor, x: Tensor, w: Tensor, factor: float = 1.0) -> Results:
-    """The loss, and factor times the gradients of its sum, from a loss over the leaves x and w."""
-    (factor * loss.sum()).backward()
-    assert x.grad is not None
-    assert w.grad is not None
-    return loss.detach(), x.grad, w.grad
+    """Return the loss, and factor times the gradients of its sum with respect to the leaves x and w.
+
+    Nothing is written to any .grad: a margin's own parameters keep theirs.
+    """
+    dx, dw = torch.autograd.grad(factor * loss.sum(), (x, w))
+    return loss.detach(), dx, dw
 
 
 def truth(x: Tensor, w: Tensor, y: Tensor, margin: MarginFunction | None = None, **options: Any) -> Results:
@@ -69,7 +70,7 @@ def eager_margin(margin: MarginFunction, rows: int, dtype: torch.dtype) -> tuple
     The package hands a margin float64 angles alone. One that takes no others, or whose slope does not, is
     given the textbook's angles in float64. The margin is tried with B = `rows` of them.
     """
-    theta = torch.linspace(0.0, torch.pi, rows, dtype=torch.float64).to(dtype).requires_grad_()
+    theta = torch.linspace(0.0, torch.pi, rows, dtype=torch.float64, device="cpu").to(dtype).requires_grad_()
     try:
         psi = margin(theta)
         if psi.requires_grad:

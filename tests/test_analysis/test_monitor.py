@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expface_kernels import ArcFace, BatchStats, CosFace, ExpFace, margin_cross_entropy
+from expface_kernels import ArcFace, BatchStats, CosFace, ExpFace, analysis, margin_cross_entropy
 from expface_kernels.analysis import AngleCounts, AngularMonitor, plots
 from expface_kernels.analysis.angle_counts import FINE, PERCENTILES
 from tests.cases import KINDS, batch
@@ -307,7 +308,6 @@ def test_the_picture_shows_the_rows_and_each_margins_boundary(tmp_path: Path) ->
     np.testing.assert_allclose(boundary[1:-1], 180 * (theta[1:-1] / 180) ** 0.7, rtol=TEN_DIGITS)
     monitor.draw(tmp_path / "angles.png", margins)
     assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
-    AngularMonitor().draw(tmp_path / "empty.png")
 
 
 @pytest.mark.parametrize(
@@ -389,3 +389,17 @@ def test_a_damaged_state_is_refused_and_changes_nothing(key: str, value: Any, wo
         monitor.load_state_dict(state)
     assert (monitor.epoch, monitor.epochs) == (1, [])
     assert_brute_force(monitor.running(), [stats_of(seed=1)])
+
+
+def test_drawing_without_rows_or_without_matplotlib_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = AngularMonitor()
+    with pytest.raises(ValueError, match="monitor: expected rows to draw, got none"):
+        monitor.draw(tmp_path / "angles.png")
+    monitor.update(stats_of())
+    monkeypatch.delattr(analysis, "plots")
+    monkeypatch.delitem(sys.modules, plots.__name__)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    with pytest.raises(ImportError, match=r"expface_kernels\[analysis\]"):
+        monitor.draw(tmp_path / "angles.png")

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expface_kernels import BatchStats, margin_cross_entropy
-from expface_kernels.analysis import LabelNoiseRanker, ranking
+from expface_kernels import BatchStats, ExpFace, margin_cross_entropy
+from expface_kernels.analysis import AngularMonitor, LabelNoiseRanker, describe, ranking
 from tests.cases import batch
 from tests.test_analysis.test_monitor import stats_of
 from tests.tolerances import ANGLE_MEAN
@@ -268,3 +268,21 @@ def test_bad_questions_are_named() -> None:
     with pytest.raises(TypeError, match="state: expected a state_dict, got NoneType"):
         ranker.load_state_dict(None)
     torch.testing.assert_close(ranker.scores, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_default_device_changes_nothing() -> None:
+    stats = stats_of(rows=3)
+    indices = torch.tensor([0, 2, 1])
+    torch.set_default_device("meta")
+    try:
+        ranker, monitor = LabelNoiseRanker(4), AngularMonitor()
+        ranker.update(indices, stats)
+        monitor.update(stats)
+        scores, percentiles = ranker.scores, monitor.end_epoch().target_percentiles()
+        found = describe(ExpFace())
+    finally:
+        torch.set_default_device(None)
+    nearest = torch.arccos(stats.hardest_negative_cos.clamp(-1, 1))
+    assert torch.equal(scores[indices], stats.target_angle - nearest)
+    assert percentiles == sorted(percentiles)
+    assert found == describe(ExpFace())

@@ -95,7 +95,7 @@ def test_a_picture_holds_a_line_for_each_margin_with_its_values() -> None:
         (["--only", "--margin", f"{__name__}:broken"], "finite psi on [0, π], got inf at theta = 0"),
         (["--only", "--margin", f"{__name__}:raising"], "'angle'"),
         (["--margin", f"{__name__}:missing"], "has no attribute 'missing'"),
-        (["--only"], "--only: expected at least one --margin"),
+        (["--only"], "argument --only: expected at least one --margin"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (
             ["--json", "/nowhere/at/all.json"],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expface_kernels import machine
+from expface_kernels import __version__, machine
 from expface_kernels.__main__ import COMMANDS, main
 from expface_kernels.backends import triton
 from expface_kernels.workshop.costs import GPUS
@@ -52,8 +52,9 @@ def _process(code: str) -> subprocess.CompletedProcess[str]:
         (["gradcheck", "--rows", "0"], "rows"),
         (["gradcheck", "--classes", "many"], "many"),
         (["gradcheck", "--features", "1.5"], "1.5"),
-        (["gradcheck", "--features", "1"], "features: expected at least 2, got 1"),
-        (["gradcheck", "--scale", "nan"], "scale"),
+        (["gradcheck", "--features", "1"], "argument --features: expected at least 2, got 1"),
+        (["gradcheck", "--scale", "nan"], "argument --scale: expected"),
+        (["gradcheck", "--scale", "1e9"], "argument --scale: expected"),
         (["gradcheck", "--batches", "hard"], "hard"),
         (["gradcheck", "--device", "nowhere"], "nowhere"),
         (["gradcheck", "--device", "meta"], "meta"),
@@ -63,17 +64,25 @@ def _process(code: str) -> subprocess.CompletedProcess[str]:
         (["gradcheck", "--json", "no/such/directory/x.json"], "no/such/directory"),
         (["plan"], "classes"),
         (["plan", "--classes", "-3"], "classes"),
-        (["plan", "--classes", "1M", "--memory-bytes", "0"], "memory_bytes"),
+        (["plan", "--classes", "1M", "--memory-bytes", "0"], "argument --memory-bytes: expected"),
         (["plan", "--classes", "1000000000000000000", "--device", "h100"], "classes · features"),
         (["plan", "--classes", "1M", "--device", "h1000"], "h1000"),
         (["plan", "--classes", "1M", "--optimizer", "lion"], "lion"),
-        (["plan", "--classes", "1M", "--optimizer", "sparse-adam"], "sparse_grad"),
-        (["plan", "--classes", "1M", "--sample-rate", "2"], "sample_rate"),
+        (
+            ["plan", "--classes", "1M", "--optimizer", "sparse-adam"],
+            "argument --optimizer: sparse-adam takes",
+        ),
+        (["plan", "--classes", "1M", "--sample-rate", "2"], "argument --sample-rate: expected"),
         (["plan", "--classes", "1M", "--device", "h100", "--dtype", "float64"], "dtype"),
-        (["plan", "--classes", "1M", "--gflops", "100"], "gbytes"),
+        (["plan", "--classes", "1M", "--gflops", "100"], "argument --gflops, --gbytes: expected both"),
         (["plan", "--classes", "1M", "--gflops", "0", "--gbytes", "1"], "gflops"),
         (["plan", "--classes", "1M", "--device", "h100", "--gflops", "1", "--gbytes", "1"], "gflops"),
-        (["curves", "--out", __file__], "--out: expected a directory, got the file"),
+        (
+            ["plan", "--classes", "1M", "--memory-bytes", "8G", "--reserved-bytes", "9G"],
+            "argument --reserved-bytes: expected less than 90% of the device's 8,000,000,000 bytes",
+        ),
+        (["curves", "--out", __file__], "argument --out: expected a directory, got the file"),
+        (["curves", "--out", "/proc/x"], "argument --out: expected a directory that can be made"),
         (["info", "--json", "."], "json"),
     ],
 )
@@ -121,6 +130,25 @@ def test_without_rich_one_line_names_the_extra() -> None:
                     "sys.exit(main(['info']))")  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "python -m expface_kernels info: needs rich: pip install 'expface_kernels[cli]'\n"
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("--version") == 0
+    assert capsys.readouterr().out == f"expface_kernels {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"), [(None, "may spin"), ("active", "may spin"), ("passive", "sleep")]
+)
+def test_info_says_what_waiting_threads_do(
+    policy: str | None, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    assert _main("info") == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting threads"))
+    assert line.removeprefix("waiting threads").lstrip().startswith(told)
 
 
 def test_a_right_margin_passes_and_so_says_its_json(

@@ -10,6 +10,7 @@ import pytest
 from expface_kernels.checks import LARGEST_TENSOR
 from expface_kernels.plan import Job, Rates, advise, plan, smallest_ranks
 from expface_kernels.plan.advice import KEEP_ALL
+from expface_kernels.plan.optimizers import FUSED
 
 RATES = Rates(flops=100e9, bandwidth=10e9, fresh=2e9)
 GB = 10**9
@@ -67,8 +68,6 @@ def test_no_number_of_devices_holds_rows_that_do_not_fit_on_one() -> None:
     job = Job(classes=1000, batch=100_000, memory_bytes=GB // 4)
     assert smallest_ranks(job) is None
     assert "no number of devices" in advise(plan(job, RATES), RATES).first
-    nothing_left = Job(classes=1000, memory_bytes=GB, reserved_bytes=2 * GB)
-    assert smallest_ranks(nothing_left) is None
 
 
 def test_what_changes_no_result_is_advised_first() -> None:
@@ -127,6 +126,19 @@ def test_each_change_changes_one_thing() -> None:
     for change in advise(plan(job)).changes:
         before, after = dataclasses.asdict(job), dataclasses.asdict(change.plan.job)
         assert sum(before[name] != after[name] for name in before) == 1, change.name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("optimizer", FUSED)
+@pytest.mark.parametrize("device", ["cpu", "h100"])
+def test_a_fused_optimizer_can_be_advised(device: str, optimizer: str, ranks: int) -> None:
+    job = Job(
+        classes=10**6, device=device, optimizer=optimizer, ranks=ranks, fused=True, memory_bytes=80 * GB
+    )
+    changes = {change.name: change.plan.job for change in advise(plan(job, RATES), RATES).changes}
+    (sampled,) = (changed for name, changed in changes.items() if "sample_rate" in name)
+    assert sampled.sample_rate == 0.1
+    assert sampled.fused != sampled.sparse_grad  # torch has no fused update of a sparse gradient
 
 
 @pytest.mark.parametrize("device", ["cpu", "h100"])

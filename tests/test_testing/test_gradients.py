@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expface_kernels import ArcFace, ExpFace, SphereFace, margin_cross_entropy
 from expface_kernels.margins import MarginFunction
-from expface_kernels.testing import KINDS, GradientReport, assert_gradients, check_gradients, policy
+from expface_kernels.testing import KINDS, GradientReport, assert_gradients, batch, check_gradients, policy
 from expface_kernels.testing.gradients import DEFAULT_KINDS
 from tests.cases import MARGINS
 from tests.test_cli.own_margins import OfATable, SlopeInFloat64, WrongSlope
@@ -303,3 +303,31 @@ def test_a_margin_with_a_parameter_a_row_passes() -> None:
 def test_bad_arguments_are_named(options: dict[str, Any], error: type[Exception], named: str) -> None:
     with pytest.raises(error, match=named):
         check_gradients(**options)
+
+
+def test_a_check_leaves_a_margins_parameters_alone() -> None:
+    class Trained(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+            self.m.grad = torch.tensor(7.0, dtype=torch.float64)
+
+        def forward(self, theta: Tensor) -> Tensor:
+            return ExpFace(self.m)(theta)
+
+    margin = Trained()
+    check_gradients(margin, rows=6, classes=33, features=16, kinds=("random",))
+    assert margin.m.grad == 7
+
+
+def test_the_default_device_changes_nothing() -> None:
+    def made() -> list[Tensor]:
+        return [tensor for kind in KINDS for tensor in batch(kind, 8, 5, 4)]
+
+    expected = made()
+    torch.set_default_device("meta")
+    try:
+        got = made()
+    finally:
+        torch.set_default_device(None)
+    assert all(map(torch.equal, got, expected))

@@ -104,7 +104,7 @@ def describe(margin: MarginFunction) -> Description:
     Raises TypeError or ValueError for what is no margin, or not finite (psi on [0, π], its slope on (0, π)).
     """
     check_margin(margin)
-    grid = torch.linspace(0, math.pi, POINTS, dtype=torch.float64)
+    grid = torch.linspace(0, math.pi, POINTS, dtype=torch.float64, device="cpu")
     grid[-1] = math.pi
     jumps = _jumps(margin, grid)
     sides = [side for low, high, _ in jumps for side in (low, high)]
