@@ -12,7 +12,7 @@ from bench.cases import Case, Inputs
 from bench.gate import GATE_CLASSES
 from bench.measure import WARM_UPS
 from bench.peers.base import Step
-from bench.peers.eager import Eager
+from bench.peers.heads import Eager
 
 ALLOCATED_BYTES = 64 * 2**20
 
@@ -100,7 +100,7 @@ class WrongLater(Named):
 
 
 class Unable(Named):
-    def why_not(self, case: Case) -> str | None:
+    def unavailable(self, case: Case) -> str | None:
         return "it is Sunday"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.cases import TARGET_DEGREES, TOY, Case
+from bench.cases import TARGET_DEGREES, Case
 from expface_kernels.margin_spec import MARGINS
 
 CASE = Case(rows=6, classes=40, features=16)
@@ -55,7 +55,7 @@ def test_sizes_are_bytes_and_operations() -> None:
 
 def test_at_most_shrinks_and_never_grows() -> None:
     assert CASE.at_most(4, 10) == Case(rows=4, classes=10, features=16)
-    assert TOY.at_most(10**6, 10**6) == TOY
+    assert CASE.at_most(10**6, 10**6) == CASE
 
 
 @pytest.mark.parametrize("margin", MARGINS)
