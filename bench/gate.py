@@ -111,10 +111,7 @@ def _worse(gate: Gate, tiled: Gate) -> Gate:
 
 
 def check(
-    name: str,
-    inputs: Inputs,
-    wanted: tuple[Tensor, ...],
-    step_of: Callable[[Inputs], Step] | None = None,
+    name: str, inputs: Inputs, wanted: tuple[Tensor, ...], step_of: Callable[[Inputs], Step] | None = None
 ) -> Gate:
     """Measure the peer's errors, |difference| / |truth|; it passes within its limit.
 

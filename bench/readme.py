@@ -18,16 +18,7 @@ from bench import partial_fc, peers
 from bench.cases import Case
 from bench.peers import BASELINE, baseline, is_ours
 from bench.records import BYTES, ROOFLINE, Measurement, Run, load
-from bench.report import (
-    NOTHING,
-    bytes_of,
-    growth,
-    growth_cells,
-    megabytes_of,
-    missing,
-    ratios_of,
-    seconds_of,
-)
+from bench.report import NOTHING, bytes_of, growth, growth_cells, megabytes_of, missing, ratios_of, seconds_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")

@@ -132,8 +132,7 @@ class Compiled(Peer):
         case, margin = inputs.case, inputs.case.margin_function()
         loss = compiled(margin_loss, self.how)
         return step_of(
-            case,
-            lambda: loss(inputs.x, inputs.w, inputs.labels, margin, case.scale, case.target_gradient),
+            case, lambda: loss(inputs.x, inputs.w, inputs.labels, margin, case.scale, case.target_gradient)
         )
 
 

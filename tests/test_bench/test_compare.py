@@ -33,8 +33,7 @@ def _scaled(peer: str, seconds: float, extra: float = 1.0) -> Run:
 def _lost(peer: str, status: str, quantities: tuple[str, ...] = (SECONDS, BYTES)) -> Run:
     new: dict[str, Any] = {"values": (), "status": status, "why": "out of order"}
     return changed(
-        SWEEP,
-        lambda m: dataclasses.replace(m, **new) if m.peer == peer and m.what in quantities else m,
+        SWEEP, lambda m: dataclasses.replace(m, **new) if m.peer == peer and m.what in quantities else m
     )
 
 
