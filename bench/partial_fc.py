@@ -25,8 +25,8 @@ from bench import machine
 from bench.cases import Case
 from bench.measure import WARM_UPS, no_garbage_collection, round_order
 from bench.memory import output_of_child, resident_growth, unavailable
-from bench.records import BYTES, SECONDS, Header, Measurement, Run, Spread, Writer, folder
-from bench.report import print_machine, print_table
+from bench.records import BYTES, SECONDS, Header, Measurement, Run, Writer, folder
+from bench.report import print_run
 from expface_kernels import MarginSoftmaxHead, reference
 from expface_kernels.partial_fc.sampling import Sampler
 from expface_kernels.testing import relative_error
@@ -197,18 +197,11 @@ def ratios(run: Run) -> dict[str, float]:
 
 
 def print_result(run: Run) -> None:
-    print_machine(run.header.machine)
-    rows, shares = [], ratios(run)
-    for m in run.measurements:
-        if m.what == SECONDS:
-            spread, wanted = Spread.of(m.values), COMPARED.get(m.peer)
-            share = f"{shares[m.peer]:.4f} of {wanted[0]}, wanted: under {wanted[1]:g}" if wanted else ""
-            quartiles = f"{spread.first_quartile:.4f} to {spread.third_quartile:.4f}"
-            rows.append([f"{m.peer}, {m.case.describe()}", f"{spread.median:.4f}", quartiles, share])
-    print_table("Sampling", ["", "seconds", "quartiles", ""], rows)
-    for m in run.measurements:
-        if m.what == BYTES:
-            print(f"drawing of C={m.case.classes:,}, peak memory: {m.values[0] / 1e6:.1f} MB")
+    """Print the records, and each share beside the one that is wanted."""
+    print_run(run)
+    for name, share in ratios(run).items():
+        against, wanted = COMPARED[name]
+        print(f"{name}: {share:.4f} of the seconds of {against}, wanted: under {wanted:g}")
 
 
 class _Parser(argparse.ArgumentParser):

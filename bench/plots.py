@@ -1,4 +1,4 @@
-"""Draws a sweep as PNGs: seconds and memory against classes, throughput against memory, speed-ups.
+"""Draws a sweep as PNGs: seconds and memory against classes, throughput against memory.
 
 Needs matplotlib, which is imported when something is drawn. The colors are Okabe and Ito's, which color-blind
 readers tell apart; markers differ as well, and every line has its name at its end.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench import peers
 from bench.cases import Case
-from bench.peers import BASELINE, SAMPLED_BASELINE
 from bench.peers.heads import Ours
 from bench.records import BYTES, NO_ROOM, SECONDS, Measurement, Run
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 DPI = 130
 LEAST_ROUNDS = 5
 """Of fewer rounds the median is no steady number: its point is hollow."""
-BLUE, SKY, VERMILION, ORANGE = "#0072B2", "#56B4E9", "#D55E00", "#E69F00"
+BLUE, VERMILION, ORANGE = "#0072B2", "#D55E00", "#E69F00"
 GREEN, PURPLE, BLACK, GREY = "#009E73", "#CC79A7", "#000000", "#777777"
 
 
@@ -72,7 +71,6 @@ def draw(run: Run, folder: Path) -> list[Path]:
         "classes": _against_classes(run, backward=True),
         "classes-forward": _against_classes(run, backward=False),
         "frontier": _frontier(run),
-        "speedups": _speedups(run),
     }
     written = []
     for name, figure in figures.items():
@@ -84,19 +82,12 @@ def draw(run: Run, folder: Path) -> list[Path]:
     return written
 
 
-def _figure(panels: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained", **options)
-    return figure, list(axes) if panels > 1 else [axes]
-
-
 def _title(figure: Figure, run: Run, text: str) -> None:
     """Write the title on the left, and on the right where the numbers come from."""
     machine = run.header.machine
     where = machine["gpu"]["card"] if machine.get("gpu") else f"{machine['cpu']}, {machine['cores']} cores"
     figure.suptitle(text, x=0.01, ha="left", fontsize=12)
-    source = f"{where}, torch {machine['torch']}\ncommit {machine['commit']}, {(run.header.date or '')[:10]}"
+    source = f"{where}, torch {machine['torch']}, commit {machine['commit']}, {(run.header.date or '')[:10]}"
     figure.text(0.995, 0.99, source, ha="right", va="top", fontsize=6.5, color=GREY)
 
 
@@ -112,6 +103,8 @@ def _longest_line(run: Run, backward: bool) -> Case | None:
 
 def _against_classes(run: Run, *, backward: bool) -> Figure | None:
     """Draw seconds and extra memory of the peers of STYLES, one panel each."""
+    import matplotlib.pyplot as plt
+
     case = _longest_line(run, backward)
     if case is None:
         return None
@@ -121,10 +114,11 @@ def _against_classes(run: Run, *, backward: bool) -> Figure | None:
     shown = [what for what, found in lines.items() if found]
     if not lines[SECONDS]:
         return None
-    figure, panels = _figure(len(shown), 6.3 * len(shown), 4.6)
+    size = (6.3 * len(shown), 4.6)
+    figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
     titles = {SECONDS: "seconds of a step", BYTES: "extra memory of a step, MB"}
     few = False
-    for panel, what in zip(panels, shown, strict=True):
+    for panel, what in zip(panels[0], shown, strict=True):
         panel.set(xscale="log", yscale="log", xlabel="classes C")
         panel.set_title(titles[what], loc="left", fontsize=10)
         panel.grid(alpha=0.25, which="major")
@@ -215,6 +209,9 @@ def _main_case(run: Run) -> Case | None:
 
 def _frontier(run: Run) -> Figure | None:
     """Draw rows per second against extra memory: ours with each workspace, and the peers."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     case = _main_case(run)
     if case is None:
         return None
@@ -227,7 +224,7 @@ def _frontier(run: Run) -> Figure | None:
     ours = sorted((n for n in places if peers.is_ours(n)), key=_workspace_bytes)
     if len(ours) < 3:
         return None
-    figure, (panel,) = _figure(1, 9.5, 5.6)
+    figure, panel = plt.subplots(figsize=(9.5, 5.6), layout="constrained")
     line = [places[name] for name in ours]
     panel.plot(*zip(*line, strict=True), color=BLUE, marker="o", label="this package, by its workspace")
     for i, name in enumerate(ours):  # above and below in turn: neighbors may lie close together
@@ -245,10 +242,13 @@ def _frontier(run: Run) -> Figure | None:
         ylabel="rows a second, forward and both gradients",
         xscale="log",
     )
-    _plain_ticks(panel)
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
     panel.grid(alpha=0.3)
-    _title(figure, run, f"Throughput and memory, {_shape(case)}")
+    shape = f"B = {case.rows:,}, C = {case.classes:,}, D = {case.features:,}"
+    _title(figure, run, f"Throughput and memory, {shape}")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
@@ -257,71 +257,3 @@ def _workspace_bytes(name: str) -> int:
     peer = peers.get(name)
     assert isinstance(peer, Ours)
     return peer.workspace_bytes
-
-
-def _shape(case: Case) -> str:
-    return f"B = {case.rows:,}, C = {case.classes:,}, D = {case.features:,}"
-
-
-def _plain_ticks(panel: Axes) -> None:
-    """Write 1, 2 and 5 of every decade of a logarithmic x as they are."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _speedups(run: Run) -> Figure | None:
-    """Draw how many times as fast ours is: as each peer at one shape, as the eager head at all shapes."""
-    case = _main_case(run)
-    if case is None or not any(m.values for name, m in run.at(case).items() if name == "ours"):
-        return None
-    directions = sorted({c.backward for c in run.cases()})
-    rows = run.at(case)
-    rivals = [name for name, m in rows.items() if not peers.is_ours(name) and m.values]
-    shapes = [c for c in run.cases() if c.backward is directions[-1] and _times(run, c, BASELINE)]
-    figure, (left, right) = _figure(2, 14, 0.45 * max(len(rivals), len(shapes)) + 2, width_ratios=[3, 2])
-    height = 0.8 / len(directions)
-    for k, backward in enumerate(directions):
-        turned = [dataclasses.replace(c, backward=backward) for c in (case, *shapes)]
-        _bars(left, [_times(run, turned[0], name) for name in rivals], k, height, backward)
-        _bars(right, [_times(run, c, BASELINE) for c in turned[1:]], k, height, backward)
-    labels = [rows[name].label.replace(" (", "\n(", 1) for name in rivals]
-    left.set_yticks(range(len(rivals)), labels, fontsize=8)
-    left.set_title(f"{_shape(case)}: against each peer", fontsize=10)
-    right.set_yticks(range(len(shapes)), [_shape(c) for c in shapes], fontsize=8)
-    right.set_title("against the eager head, every shape", fontsize=10)
-    for panel in (left, right):
-        panel.set(xscale="log", xlabel="times as fast (log; 1: no difference)")
-        _plain_ticks(panel)
-        panel.axvline(1, color=BLACK, linewidth=1)
-        panel.invert_yaxis()
-        panel.grid(alpha=0.3, axis="x")
-        low, high = panel.get_xlim()
-        panel.set_xlim(low * 0.8, high * 1.35)  # room for the numbers
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    _title(figure, run, "Speed of this package, by medians (partial FC: on the same sample)")
-    return figure
-
-
-def _times(run: Run, case: Case, name: str) -> float | None:
-    """Divide the peer's median by that of ours, which samples where the peer does."""
-    rows = run.at(case)
-    found = rows.get("ours_sampled" if name == SAMPLED_BASELINE else "ours"), rows.get(name)
-    ours, peer = (None if m is None else m.value for m in found)
-    return None if ours is None or peer is None else peer / ours
-
-
-def _bars(panel: Axes, times: Iterable[float | None], k: int, height: float, backward: bool) -> None:
-    """Draw from 1, no difference, to the right where ours is faster and to the left where it is slower."""
-    values = list(times)
-    bars = panel.barh(
-        [i + k * height - 0.4 + height / 2 for i in range(len(values))],
-        [(value or 1.0) - 1 for value in values],
-        left=1,
-        height=height,
-        color=BLUE if backward else SKY,
-        label="forward and both gradients" if backward else "forward alone",
-    )
-    panel.bar_label(bars, [f"{value:.2f}" if value else "" for value in values], padding=3, fontsize=8)

@@ -66,18 +66,21 @@ def growth(run: Run, case: Case, peer: str) -> Growth | None:
 
 def print_run(run: Run) -> None:
     """Print everything that was recorded, and why anything is missing."""
-    print_machine(run.header.machine)
-    print_gates(run)
-    for case in run.cases():
+    _print_machine(run.header.machine)
+    _print_gates(run)
+    shapes = {case.shape: case for case in [*run.cases(BYTES), *run.cases()]}
+    for case in shapes.values():
         _print_shape(run, case)
-    untimed = [c for c in run.cases(BYTES) if not run.at(c)]
-    if untimed:
-        _print_memory(run, untimed)
+    print(
+        "Medians of interleaved rounds; of several runs the least disturbed one. Extra memory: the peak of\n"
+        "a step beside inputs and gradients, each from a process of its own. GFLOP/s by the least that a\n"
+        f"step needs. Heads that sample the classes are compared with {SAMPLED_BASELINE}."
+    )
     _print_growth(run)
     _print_missing(run)
 
 
-def print_machine(machine: dict[str, Any]) -> None:
+def _print_machine(machine: dict[str, Any]) -> None:
     """Print what the numbers were measured on, and whether others used it."""
     print(
         f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads, "
@@ -91,8 +94,10 @@ def print_machine(machine: dict[str, Any]) -> None:
         print(f"The machine was busy: load {load} before the run. Ratios are not to be relied on.")
 
 
-def print_gates(run: Run) -> None:
+def _print_gates(run: Run) -> None:
     """Print each peer's errors."""
+    if not run.gates:
+        return
     rows = []
     for gate in run.gates:
         errors = [f"{error:.1e}" for error in gate.errors]
@@ -105,42 +110,21 @@ def print_gates(run: Run) -> None:
 
 
 def _print_shape(run: Run, case: Case) -> None:
-    settings, runs = run.header.settings, run.runs(case)
-    under = ", one core shared" * bool(settings.get("spin"))
-    under += ", freed memory kept by malloc" * bool(settings.get("keep_memory"))
-    held, rows = run.at(case, BYTES), []
-    timed = run.at(case)
+    under = "".join(f", {name.replace('_', ' ')}" for name, on in run.header.settings.items() if on is True)
+    timed, held, rows = run.at(case), run.at(case, BYTES), []
     for peer, found in (held | timed).items():
         memory = held[peer].value if peer in held else None
-        rows.append(
-            [
-                found.label,
-                *(_seconds(run, found) if peer in timed else ["not timed", *[NOTHING] * 3]),
-                ratios_of([run.ratio(case, peer, i) for i in runs]) if peer in timed else NOTHING,
-                NOTHING if memory is None else f"{memory / 1e6:,.1f}",
-            ]
-        )
-    best = runs[0] if len(runs) == 1 else _best(run, case)
-    of = f", run {best} of {len(runs)}, the least disturbed" if len(runs) > 1 else ""
-    print_table(
-        f"{case.describe()}{under}",
-        ["head", "seconds", "quartiles", "rounds", "GFLOP/s", f"times {BASELINE}", "extra MB"],
-        rows,
-    )
-    print(
-        f"medians of interleaved rounds{of}; GFLOP/s by the least that a step needs; sampled heads are "
-        f"compared with {SAMPLED_BASELINE}"
-    )
+        ratios = [run.ratio(case, peer, i) for i in run.runs(case)] if peer in timed else []
+        extra = missing(held.get(peer)) if memory is None else f"{memory / 1e6:,.1f}"
+        rows.append([found.label, *_seconds(run, timed.get(peer)), ratios_of(ratios), extra])
+    columns = ["head", "seconds", "quartiles", "rounds", "GFLOP/s", f"times {BASELINE}, each run", "extra MB"]
+    print_table(f"{case.describe()}{under}", columns, rows)
 
 
-def _best(run: Run, case: Case) -> int | None:
-    return next((m.run for m in run.at(case).values() if m.values), None)
-
-
-def _seconds(run: Run, found: Measurement) -> list[str]:
+def _seconds(run: Run, found: Measurement | None) -> list[str]:
     """Return the cells: median, quartiles, rounds, GFLOP/s with the share of the roofline if it is known."""
-    if not found.values:
-        return [missing(found), NOTHING, NOTHING, NOTHING]
+    if found is None or not found.values:
+        return ["not timed" if found is None else missing(found), NOTHING, NOTHING, NOTHING]
     spread = Spread.of(found.values)
     rate = f"{found.case.flops / spread.median / 1e9:.4g}"
     roofline = run.at(found.case, ROOFLINE).get(found.peer)
@@ -157,19 +141,6 @@ def missing(found: Measurement | None) -> str:
     if found.status == NO_ROOM and found.needs_bytes is not None:
         return f"needs {found.needs_bytes / 1e9:.3g} GB"
     return "out of memory" if found.status == NO_ROOM else found.status
-
-
-def _print_memory(run: Run, cases: Sequence[Case]) -> None:
-    labels = {m.peer: m.label for case in cases for m in run.at(case, BYTES).values() if m.values}
-    rows = []
-    for peer, label in labels.items():
-        found = [run.at(case, BYTES).get(peer) for case in cases]
-        rows.append(
-            [label, *(missing(m) if m is None or not m.values else f"{m.value or 0:,.0f}" for m in found)]
-        )
-    shapes = [f"B={case.rows:,} C={case.classes:,} D={case.features:,}" for case in cases]
-    print_table("Peak extra bytes of a step, beside inputs and the two gradients", ["head", *shapes], rows)
-    print("each number from a process of its own")
 
 
 def _print_growth(run: Run) -> None:

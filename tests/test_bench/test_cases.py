@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from bench.cases import TARGET_DEGREES, Case
-from expface_kernels.margin_spec import MARGINS
 
 CASE = Case(rows=6, classes=40, features=16)
 
@@ -18,12 +17,6 @@ def test_the_same_seed_gives_the_same_tensors_and_another_one_does_not() -> None
     assert torch.equal(first.w, again.w)
     assert torch.equal(first.labels, again.labels)
     assert not torch.equal(first.w, other.w)
-
-
-def test_drawing_inputs_leaves_the_global_generator_alone() -> None:
-    before = torch.get_rng_state()
-    CASE.inputs()
-    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -45,23 +38,6 @@ def test_target_angles_cover_what_the_case_promises() -> None:
     low, high = TARGET_DEGREES
     assert low - 0.1 < angles.min() < low + 5
     assert high - 5 < angles.max() < high + 0.1
-
-
-def test_sizes_are_bytes_and_operations() -> None:
-    case = Case(rows=2, classes=3, features=5, dtype="float64")
-    assert case.gradient_bytes == (2 + 3) * 5 * 8
-    assert case.flops == 6 * 2 * 3 * 5
-
-
-def test_at_most_shrinks_and_never_grows() -> None:
-    assert CASE.at_most(4, 10) == Case(rows=4, classes=10, features=16)
-    assert CASE.at_most(10**6, 10**6) == CASE
-
-
-@pytest.mark.parametrize("margin", MARGINS)
-def test_every_margin_can_be_made(margin: str) -> None:
-    psi = Case(1, 1, 1, margin=margin).margin_function()(torch.tensor([1.0]))
-    assert psi.shape == (1,)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_a_run_that_is_not_told_where_leaves_its_files_in_out_and_says_so(
     folder = OUT / "bench-sweep-toy"
     files = {
         OUT / "bench-sweep-toy.jsonl",
-        *(folder / f"{n}.png" for n in ("classes", "classes-forward", "speedups")),
+        *(folder / f"{n}.png" for n in ("classes", "classes-forward")),
     }
     assert {path for path in OUT.rglob("*") if path.is_file()} == files
     said = capsys.readouterr().out

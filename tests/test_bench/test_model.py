@@ -43,15 +43,6 @@ def test_the_eager_head_makes_three_products_and_holds_its_logits(
     assert eager.moved > 10 * logits
 
 
-def test_the_command_prints_both(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--rows", "256", "--classes", "100000", "--features", "128"]
-    assert main(["--model", "b200", *sizes, "--workspace-bytes", "0"]) == 0
-    out = capsys.readouterr().out
-    assert "together, on b200" in out
-    assert "eager head, on b200" in out
-    assert "bfloat16, workspace 0" in out
-
-
 def test_its_json_holds_what_it_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.json"
     argv = ["--model", "h100", "--rows", "256", "--classes", "100000", "--features", "128"]

@@ -20,9 +20,8 @@ from bench import machine, peers
 from bench.cases import DEVICES, Case
 from bench.gate import check_all
 from bench.peers import base, libraries, supported_case
-from bench.peers.base import NO_MARGIN, autocast
+from bench.peers.base import autocast
 from bench.peers.libraries import MetricLearning
-from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
 
 CASE = Case(rows=16, classes=100, features=32)
@@ -31,21 +30,6 @@ HUGE = Case(rows=1000, classes=10**12, features=4)
 LIBRARIES = ("pml_arcface", "pml_cosface", "torch_linear", "torch_linear_chunked", "torch_linear_auto")
 SAMPLING = ("ours_sampled", "partial_fc")
 GPU_PEERS = {"cce": "cut-cross-entropy", "cce_exact": "cut-cross-entropy", "liger": "liger-kernel"}
-
-
-@pytest.mark.parametrize("name", [*peers.names(), "ours@0"])
-def test_every_peer_declares_what_it_can_do_and_says_so(name: str) -> None:
-    peer = peers.get(name)
-    assert peer.name == name
-    assert set(peer.devices) <= {"cpu", "cuda"}
-    assert set(peer.margins) <= set(MARGINS)
-    assert set(peer.gradients) <= set(TARGET_GRADIENTS)
-    for gradient in TARGET_GRADIENTS:
-        label = peer.label(dataclasses.replace(CASE, target_gradient=gradient))
-        if peer.margins == NO_MARGIN:
-            assert "no margin" in label
-        else:
-            assert (gradient if gradient in peer.gradients else peer.gradients[0]) in label
 
 
 def test_supported_cases_keep_what_a_peer_can_do_and_change_the_rest() -> None:
@@ -113,21 +97,6 @@ def test_a_sample_holds_the_labels_is_sorted_and_the_same_again() -> None:
     assert CASE.inputs().subset() is None
 
 
-def test_eager_holds_under_autocast_because_its_logits_are_float32() -> None:
-    eager, ours = check_all(["eager", "ours"], HALF)
-    assert eager.passed, eager
-    assert ours.limit == 1e-2
-    assert 1e-3 < max(eager.errors[1:]) <= ours.limit  # the product was in 16 bit
-    assert ours.passed
-
-
-def test_the_margin_of_a_library_is_that_of_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = peers.get("pml_arcface")
-    monkeypatch.setattr(peer, "margins", ("cosface",))
-    (gate,) = check_all(["pml_arcface"], CASE)
-    assert not gate.passed
-
-
 def test_a_library_that_owns_its_centres_keeps_no_gradient_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     peer, made, inputs = peers.get("pml_arcface"), list[Any](), CASE.inputs()
     assert isinstance(peer, MetricLearning)
@@ -155,17 +124,6 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         assert package in peers.get(name).label(on_gpu)
     for name in GPU_PEERS:
         assert peers.get(name).why_not(HALF) == "it runs on a GPU only"
-
-
-def test_an_older_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(F, "linear_cross_entropy")
-    assert "2.13" in str(peers.get("torch_linear").why_not(CASE))
-
-
-def test_every_peer_that_runs_here_says_what_it_would_need() -> None:
-    for name in [*peers.PEERS, "ours@0"]:
-        if peers.get(name).why_not(CASE) is None:
-            assert "GB" in str(peers.get(name).why_not(HUGE))
 
 
 def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,16 +244,3 @@ def test_liger_is_called_by_the_names_that_its_release_has(
     assert gate.passed, gate
     if function is NewLiger:
         assert NewLiger.factor == libraries.budget_factor(HALF) > 1
-
-
-@pytest.mark.parametrize(
-    ("rows", "classes", "factor", "chunk"),
-    [
-        (1024, 1_000_000, 1, 1),  # 1954 parts
-        (4096, 100_000, 1, 32),  # 196 parts of 20.9 rows
-        (1024, 1_000_000, 512, 256),  # 4 parts
-        (16, 100, 1, 16),
-    ],
-)
-def test_rows_of_a_chunk_follow_ligers_rule(rows: int, classes: int, factor: int, chunk: int) -> None:
-    assert libraries.chunk_rows(Case(rows, classes, 512), factor) == chunk

@@ -14,7 +14,7 @@ from bench.__main__ import main
 from tests.test_bench.made_up import HEADER, changed, made_up, written
 
 SWEEP = made_up()
-NAMES = {"classes.png", "classes-forward.png", "frontier.png", "speedups.png"}
+NAMES = {"classes.png", "classes-forward.png", "frontier.png"}
 
 
 def test_the_command_draws_an_old_sweep_and_says_which(tmp_path: Path) -> None:
@@ -60,18 +60,6 @@ def test_the_frontier_shows_every_workspace_and_the_peers_that_do_the_same_work(
     assert "256 MiB" in [text.get_text() for text in axes.texts]
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(texts) == 3  # ours, eager, torch; a sample of the classes is other work
-
-
-def test_bars_are_how_many_times_as_fast_ours_is() -> None:
-    figure = plots._speedups(SWEEP)
-    assert figure is not None
-    left = figure.axes[0]
-    labels = [label.get_text().replace("\n", " ") for label in left.get_yticklabels()]
-    widths = [patch.get_x() + patch.get_width() for patch in left.patches[: len(labels)]]  # type: ignore[attr-defined]
-    by_label = dict(zip(labels, widths, strict=True))
-    assert by_label["eager head (exact)"] == pytest.approx(3)
-    assert next(w for label, w in by_label.items() if "partial-FC" in label) == pytest.approx(2)
-    assert next(w for label, w in by_label.items() if "linear_cross" in label) == pytest.approx(3 / 1.5)
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
