@@ -19,19 +19,6 @@ def test_the_same_seed_gives_the_same_tensors_and_another_one_does_not() -> None
     assert not torch.equal(first.w, other.w)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_inputs_have_the_shapes_and_dtype_of_the_case_and_want_gradients(dtype: str) -> None:
-    inputs = Case(6, 40, 16, dtype=dtype).inputs()
-    assert inputs.x.shape == (6, 16)
-    assert inputs.w.shape == (40, 16)
-    assert inputs.labels.shape == (6,)
-    assert inputs.x.dtype == inputs.w.dtype == getattr(torch, dtype)
-    assert inputs.x.is_leaf
-    assert inputs.w.is_leaf
-    assert inputs.x.requires_grad
-    assert inputs.w.requires_grad
-
-
 def test_target_angles_cover_what_the_case_promises() -> None:
     inputs = Case(rows=200, classes=300, features=64).inputs()
     angles = F.cosine_similarity(inputs.x, inputs.w[inputs.labels]).acos().rad2deg()

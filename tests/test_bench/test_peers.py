@@ -19,8 +19,7 @@ from torch import Tensor
 from bench import machine, peers
 from bench.cases import DEVICES, Case
 from bench.gate import check_all
-from bench.peers import base, libraries, supported_case
-from bench.peers.base import autocast
+from bench.peers import libraries, supported_case
 from bench.peers.libraries import MetricLearning
 from expface_kernels.margins import TARGET_GRADIENTS
 
@@ -136,21 +135,6 @@ def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert eager.why_not(dataclasses.replace(case, device="cpu")) is None
     monkeypatch.setattr(machine, "gpu_unavailable", lambda: "there is no GPU")
     assert eager.why_not(case) == "there is no GPU"
-
-
-def test_autocast_stands_around_the_forward_alone() -> None:
-    seen = []
-
-    def forward() -> Tensor:
-        seen.append(torch.is_autocast_enabled("cpu"))
-        leaf = torch.ones((), requires_grad=True)
-        leaf.register_hook(lambda g: seen.append(torch.is_autocast_enabled("cpu")))
-        return leaf * 2
-
-    base.step_of(HALF, forward)()
-    assert seen == [True, False]
-    with autocast(CASE):
-        assert not torch.is_autocast_enabled("cpu")
 
 
 def _module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
