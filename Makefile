@@ -85,24 +85,24 @@ format: $(VENV)/.installed  ## let ruff rewrite what lint would complain about
 typecheck: $(VENV)/.installed  ## mypy
 	$(PY) -m mypy
 
-bench: $(VENV)/.installed  ## the head against its peers at B=256, C=100,000, D=512; leaves out/bench.json
+bench: $(VENV)/.installed  ## the head against its peers at B=256, C=100,000, D=512; leaves out/bench.jsonl
 	@mkdir -p $(OUT)
-	$(PY) -m bench --json $(OUT)/bench.json
+	$(PY) -m bench --json $(OUT)/bench.jsonl
 
 bench-quick: $(VENV)/.installed  ## the sweep at toy size, as CI runs it: do peers and ours agree?
 	@mkdir -p $(OUT)
-	$(PY) -m bench sweep --toy --json $(OUT)/bench-quick.json --plots $(OUT)/bench-quick
+	$(PY) -m bench sweep --toy --json $(OUT)/bench-quick.jsonl --plots $(OUT)/bench-quick
 
 RESULTS := bench/results
 bench-sweep: $(VENV)/.installed  ## seconds and memory against C, B, D and workspace, with pictures (35 minutes)
-	$(PY) -m bench sweep --json $(RESULTS)/cpu-sweep.json --plots $(RESULTS)/cpu-sweep
+	$(PY) -m bench sweep --json $(RESULTS)/cpu-sweep.jsonl --plots $(RESULTS)/cpu-sweep
 
-# `make bench-gpu PY=python3` takes the Python that is there: no network, no rich, no matplotlib are needed.
+# `make bench-gpu PY=python3` takes the Python that is there: no network and no matplotlib are needed.
 bench-gpu: $(READY)  ## tune the kernels, then measure, on this machine's GPU (10 minutes)
 	-$(PY) -m expface_kernels.workshop.autotune --seconds 120
 	$(PY) -m bench gpu
 
-readme-tables: $(VENV)/.installed  ## README's tables and measured numbers, from bench/results
+readme-tables: $(VENV)/.installed  ## the tables of README and docs/benchmarks.md, from bench/results
 	$(PY) -m bench readme
 
 test-lab: $(VENV)/.installed  ## the tests of lab/, which `make test` leaves out

@@ -1,6 +1,6 @@
-"""What is measured: a shape, a margin and a gradient mode, and the tensors that go with them.
+"""A case says what is measured: a shape, a margin and a gradient mode; `inputs` draws its tensors.
 
-B rows · C classes · D features · x (B, D) embeddings · w (C, D) class centres
+B rows · C classes · D features · x (B, D) embeddings · w (C, D) class centers
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 DEVICES = ("cpu", "cuda")
 AUTOCASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Rows of every stage of training: at 90° nothing is learnt, at 50° with s = 64 nearly all of a row is.
+# Every stage of training: at 90° nothing is learned, at 50° with s = 64 a row is nearly well classified.
 TARGET_DEGREES = (50.0, 90.0)
-# Not 1, so that a head which forgets to normalise its rows is caught.
+# Not 1, so that a head that forgets to normalize its rows is caught.
 ROW_LENGTH = 3.0
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of a case, shared by all peers: leaves whose `.grad` a step fills."""
+    """Holds the tensors of a case, shared by all peers: leaves whose `.grad` a step fills."""
 
     case: Case
     x: Tensor  # (B, D)
@@ -40,11 +40,11 @@ class Inputs:
         self.x.grad = self.w.grad = None
 
     def of(self, case: Case) -> Inputs:
-        """The same tensors, for a case of the same shape in other terms."""
+        """Return the same tensors for another case of the same shape."""
         return dataclasses.replace(self, case=case)
 
     def subset(self) -> Tensor | None:
-        """(S,) int64, sorted: the labels' classes and others, from the seed; None where all take part."""
+        """Draw S sorted classes (S,) int64, the labels' own among them; None where all take part."""
         case = self.case
         if case.sample_rate == 1:
             return None
@@ -56,7 +56,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """One forward and backward with both gradients; ValueError where a field is out of range.
+    """Describes one forward and backward with both gradients; raises ValueError for a field out of range.
 
     margin: a name of MARGINS, at its default strength. scale: s > 0. target_gradient: "exact" or "detached".
     autocast: the dtype of torch.autocast around the forward, a name of AUTOCASTS, or None for none.
@@ -97,45 +97,60 @@ class Case:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """What the products multiply: autocast's dtype, else the inputs' own."""
+        """The products multiply in autocast's dtype, else in the inputs' own."""
         return DTYPES[self.dtype] if self.autocast is None else AUTOCASTS[self.autocast]
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """One element takes so many bytes."""
         return DTYPES[self.dtype].itemsize
 
     @property
     def taking_part(self) -> int:
-        """S, the classes that take part: the sampled share, or as many as there are rows if that is more."""
+        """S classes take part: the sampled share, or as many as there are rows if that is more."""
         least = min(self.rows, self.classes)
         return max(int(self.sample_rate * self.classes), least)
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of embeddings and centres."""
+        """Embeddings and centers take so many bytes."""
         return (self.rows + self.classes) * self.features * self.itemsize
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of the two gradients, which every head has to hand out: as many as the inputs', or none."""
+        """The two gradients, which every head has to hand out, take as many bytes as the inputs, or none."""
         return self.input_bytes if self.backward else 0
 
     @property
     def flops(self) -> int:
-        """6·B·S·D: three products of 2·B·S·D, the least that a forward and both gradients need; else one."""
+        """A step needs at least 6·B·S·D, three products of 2·B·S·D; a forward alone needs one."""
         return (6 if self.backward else 2) * self.rows * self.taking_part * self.features
 
     def margin_function(self) -> MarginFunction:
         margin: MarginFunction = MARGINS[self.margin]()
         return margin
 
+    @property
+    def shape(self) -> tuple[int, int, int, str, bool]:
+        """All peers of one comparison have this in common: (B, C, D, dtype, whether a backward follows)."""
+        return self.rows, self.classes, self.features, self.dtype, self.backward
+
+    def describe(self) -> str:
+        """Name the shape and everything that differs between cases, for titles."""
+        under = f" under {self.autocast} autocast" if self.autocast else ""
+        under += " on a GPU" if self.device == "cuda" else ""
+        return (
+            f"B={self.rows:,}, C={self.classes:,}, D={self.features:,}, {self.dtype}{under}, "
+            f"{self.margin}, s={self.scale:g}, {self.target_gradient} gradient"
+            + ("" if self.backward else ", forward alone")
+        )
+
     def at_most(self, rows: int, classes: int) -> Case:
-        """The same kind of case, no larger than this."""
+        """Shrink rows and classes to no more than these."""
         return dataclasses.replace(self, rows=min(self.rows, rows), classes=min(self.classes, classes))
 
     def inputs(self) -> Inputs:
-        """Tensors drawn from `seed`: centres normal(0, 0.01), target angles spread over TARGET_DEGREES.
+        """Draw tensors from `seed`: centers normal(0, 0.01), target angles spread over TARGET_DEGREES.
 
         The same on every run on a device. Under autocast they hold values that its dtype can hold, so that
         float64 truth is taken at what the products see.
@@ -154,10 +169,3 @@ class Case:
 
 
 DEFAULT = Case(rows=256, classes=100_000, features=512)
-TOY = Case(rows=32, classes=600, features=32)
-# The shape of the single run's memory sweep; its classes are MEMORY_CLASSES.
-MEMORY = Case(rows=128, classes=1_000_000, features=128)
-MEMORY_CLASSES = (100_000, 1_000_000, 4_000_000)
-# Above this, heads that hold the logits of all classes are not measured: they take minutes of a CPU and 14 GB
-# for one more point of a straight line.
-LARGEST_WITH_LOGITS = 1_000_000

@@ -1,4 +1,4 @@
-"""Each peer's loss and gradients against float64 truth: what is wrong is not timed."""
+"""Holds each peer's loss and gradients against float64 truth: what is wrong is not timed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from bench import peers
 from bench.cases import Case, Inputs
-from bench.peers.base import Peer, Step, in_a_line, terms
-from bench.peers.ours import Ours
-from bench.result import Gate
+from bench.peers import supported_case
+from bench.peers.base import Peer, Step, in_a_line
+from bench.peers.heads import Ours
+from bench.records import Gate
 from expface_kernels import reference
-from tests.tolerances import CAPS, ROUNDED_COSINES, relative_error
+from expface_kernels.testing import relative_error
+from expface_kernels.testing.policy import CAPS
 
 GATE_ROWS, GATE_CLASSES = 64, 2000
 # More classes than two tiles of ours at GATE_ROWS rows (expface_kernels.backends.cpu.TILE_CLASSES), of few
@@ -22,16 +24,18 @@ GATE_ROWS, GATE_CLASSES = 64, 2000
 TILED_CLASSES, TILED_FEATURES = 80_000, 64
 # Of a head that samples the classes: its sample has to have several tiles as well.
 TILED_SAMPLE_RATE = 0.9
+# Relative, of gradients of a baseline with 16-bit cosines, at s = 64: rounding moves one logit by up to 0.13.
+ROUNDED_COSINES = 5e-2
 ROUNDED = "ok, for cosines of 16 bits"
 
 
 def gate_case(case: Case) -> Case:
-    """The case at a size whose truth takes a moment."""
+    """Shrink the case to a size whose truth takes a moment."""
     return case.at_most(GATE_ROWS, GATE_CLASSES)
 
 
 def tiled_case(case: Case) -> Case | None:
-    """The case where ours walks several tiles; None where it has no more classes than `gate_case`."""
+    """Return the case where ours walks several tiles; None where it has no more classes than `gate_case`."""
     if case.classes <= GATE_CLASSES:
         return None
     small = case.at_most(GATE_ROWS, TILED_CLASSES)
@@ -39,7 +43,7 @@ def tiled_case(case: Case) -> Case | None:
 
 
 def truth(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), dx (B, D), dw (C, D)), float64, by the reference."""
+    """Return (loss (), dx (B, D), dw (C, D)) of the reference in float64."""
     case = inputs.case
     x, w = (leaf.detach().double().requires_grad_() for leaf in (inputs.x, inputs.w))
     loss = reference.margin_cross_entropy(
@@ -58,37 +62,31 @@ def truth(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return loss.detach(), x.grad, w.grad
 
 
-def in_terms_of(name: str, inputs: Inputs) -> Inputs:
-    """The same tensors with the case in the peer's own terms (`bench.peers.base.terms`)."""
-    return inputs.of(terms(peers.get(name), inputs.case))
+def inputs_for(name: str, inputs: Inputs) -> Inputs:
+    """Return the same tensors with the case that the peer supports."""
+    return inputs.of(supported_case(peers.get(name), inputs.case))
 
 
 class Truths:
-    """Inputs of a case, in a peer's terms, and their truth, once for all peers of the same terms."""
+    """Computes the truth of a case as a peer supports it, once for all peers that support the same."""
 
     def __init__(self, case: Case) -> None:
         self._inputs = case.inputs()
         self._known: dict[Case, tuple[Tensor, Tensor, Tensor]] = {}
 
     def of(self, name: str, least_rate: float = 0.0) -> tuple[Inputs, tuple[Tensor, Tensor, Tensor]]:
-        """A peer that samples takes no less than this share of the classes."""
-        own = in_terms_of(name, self._inputs)
+        """Return inputs and truth; a peer that samples takes no less than this share of the classes."""
+        own = inputs_for(name, self._inputs)
         own = own.of(dataclasses.replace(own.case, sample_rate=max(own.case.sample_rate, least_rate)))
         if own.case not in self._known:
             self._known[own.case] = truth(own)
         return own, self._known[own.case]
 
 
-def check_all(
-    names: Sequence[str],
-    case: Case,
-    advance: Callable[[], None] = lambda: None,
-    *,
-    tiled: Case | None = None,
-) -> tuple[Gate, ...]:
-    """Each peer against truth in its own terms, at the case's size; ours at that of `tiled` too.
+def check_all(names: Sequence[str], case: Case, *, tiled: Case | None = None) -> tuple[Gate, ...]:
+    """Check each peer against the truth of what it supports, at the case's size; ours at that of `tiled` too.
 
-    There ours keeps a part of its exponentials at most, so that tiles which are kept and others are met.
+    There ours caches a part of its exponentials at most, so that tiles that are cached and others are met.
     """
     small = Truths(case)
     large = None if tiled is None else Truths(tiled)
@@ -99,12 +97,11 @@ def check_all(
             again = check(name, *large.of(name, TILED_SAMPLE_RATE), peer.partly_kept_step)
             gate = _worse(gate, again)
         gates.append(gate)
-        advance()
     return tuple(gates)
 
 
 def _worse(gate: Gate, tiled: Gate) -> Gate:
-    """Of a peer that has passed at the first size: each error the larger of both, the second's verdict."""
+    """Combine two gates of a peer that passed the first: each error the larger one, the second's verdict."""
     if not tiled.passed:
         return dataclasses.replace(
             gate, errors=tiled.errors, passed=False, reason=f"{tiled.reason}, over several tiles"
@@ -114,18 +111,15 @@ def _worse(gate: Gate, tiled: Gate) -> Gate:
 
 
 def check(
-    name: str,
-    inputs: Inputs,
-    wanted: tuple[Tensor, ...],
-    step_of: Callable[[Inputs], Step] | None = None,
+    name: str, inputs: Inputs, wanted: tuple[Tensor, ...], step_of: Callable[[Inputs], Step] | None = None
 ) -> Gate:
-    """The peer's errors, |difference| / |truth|; it passes within its limit.
+    """Measure the peer's errors, |difference| / |truth|; it passes within its limit.
 
     Of a forward alone only the loss is compared. `step_of` makes its step, where that is not `peer.step`.
     """
     case, peer = inputs.case, peers.get(name)
     limit = limit_of(peer, case)
-    gate = Gate(name, peer.label(case), (), limit, False, None, case.backward, case.dtype)
+    gate = Gate(name, peer.label(case), (), limit, False, backward=case.backward, dtype=case.dtype)
     inputs.drop_gradients()
     try:
         loss = (step_of or peer.step)(inputs)()
@@ -145,30 +139,30 @@ def check(
     return dataclasses.replace(gate, errors=errors, passed=True, note=note)
 
 
-def odd_ones_out(losses: Mapping[str, tuple[Case, float]]) -> dict[str, str]:
-    """Peers with a loss that no more than half of the others with the same terms have, and what is wrong.
+def disagreeing_losses(losses: Mapping[str, tuple[Case, float]]) -> dict[str, str]:
+    """Find peers whose loss fewer than half of the others with the same case have, and say what is wrong.
 
-    losses: by peer, its terms and its loss on the same tensors. At the size that is timed truth would take
-    too long; what passed the gate at a smaller one may still fail at this.
+    losses: by peer, its case and its loss on the same tensors. At the size that is timed, truth would take
+    too long; what passed the gate at a smaller one may still fail at this one.
     """
     odd = {}
     for name, (case, loss) in losses.items():
         limit = limit_of(peers.get(name), case)
-        others = [other for peer, (terms, other) in losses.items() if peer != name and terms == case]
+        others = [other for peer, (its, other) in losses.items() if peer != name and its == case]
         near = sum(abs(loss - other) <= 2 * limit * abs(other) for other in others)
         if not math.isfinite(loss) or (others and 2 * near < len(others)):
-            odd[name] = f"its loss at this size is {loss:.6g}, the others' is {_told(others)}"
+            odd[name] = f"its loss at this size is {loss:.6g}, the others' is {_listed(others)}"
     return odd
 
 
-def _told(losses: Sequence[float]) -> str:
+def _listed(losses: Sequence[float]) -> str:
     return ", ".join(f"{loss:.6g}" for loss in losses) or "not there to compare"
 
 
 def limit_of(peer: Peer, case: Case) -> float:
-    """The cap of the product's dtype; for a peer that rounds its cosines to 16 bits, what that costs.
+    """Return the cap of the product's dtype; for a peer that rounds its cosines to 16 bits, what that costs.
 
-    Such a one is the baseline that people have: it is measured, and its error stands beside its time.
+    Such a peer is the baseline that people have: it is measured, and its error stands beside its time.
     """
     cap = CAPS[case.product_dtype]
     return max(cap, ROUNDED_COSINES) if peer.rounds_cosines and case.product_dtype.itemsize == 2 else cap

@@ -1,4 +1,4 @@
-"""`python -m bench --model GPU`: a step's cost there, ours beside the eager head's. Counted, not measured.
+"""`python -m bench --model GPU`: counts what a step costs there, ours beside the eager head. Nothing is run.
 
 Ours is counted from its launches (expface_kernels.workshop.costs), the eager head from its operators,
 run without data: an operator reads its inputs and writes its outputs, a view moves nothing.
@@ -6,25 +6,23 @@ run without data: an operator reads its inputs and writes its outputs, a view mo
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench import machine
-from bench.cases import Case
-from bench.peers.eager import margin_loss
+from bench.cases import DTYPES, Case
+from bench.peers import get
+from bench.peers.heads import margin_loss
+from bench.records import BYTES, FLOPS, MOVED, ROOFLINE, Measurement
 from expface_kernels.workshop import costs
 from expface_kernels.workshop.recording import Case as Launches
 from expface_kernels.workshop.traffic import PeakMemory, traffic
 
-DTYPES = ("bfloat16", "float16", "float32")
-KIND, SCHEMA = "model", 1
-"""What the JSON says it is, and the version of its fields."""
+MODELED = ("bfloat16", "float16", "float32")
+DEFAULT_ARCH = "sm_90"
 
 
 class Operators(TorchDispatchMode):
@@ -44,7 +42,7 @@ class Operators(TorchDispatchMode):
 
 
 def eager_costs(case: Case, dtype: torch.dtype) -> costs.Costs:
-    """The eager head's forward and backward with inputs, logits and gradients in `dtype`."""
+    """Count the eager head's forward and backward with inputs, logits and gradients in `dtype`."""
     x = torch.empty(case.rows, case.features, dtype=dtype, device="meta", requires_grad=True)
     w = torch.empty(case.classes, case.features, dtype=dtype, device="meta", requires_grad=True)
     labels = torch.empty(case.rows, dtype=torch.int64, device="meta")
@@ -54,63 +52,60 @@ def eager_costs(case: Case, dtype: torch.dtype) -> costs.Costs:
     return costs.Costs(tuple(operators.steps), memory.peak, w.nbytes)
 
 
-@dataclass(frozen=True)
-class Model:
-    """A step of ours and of the eager head on a GPU (of costs.GPUS), as far as can be counted."""
+@functools.cache
+def our_costs(case: Case, workspace_bytes: int, arch: str) -> costs.Costs:
+    """Count ours from the launches that it makes on such a GPU."""
+    dtype = DTYPES[case.dtype]
+    product = None if case.autocast is None else case.product_dtype
+    launches = Launches(
+        case.rows,
+        case.classes,
+        case.features,
+        dtype,
+        dtype,
+        scale=case.scale,
+        workspace_bytes=workspace_bytes,
+        product_dtype=product,
+    )
+    return costs.costs(launches, arch)
 
-    case: Case
-    gpu: str
-    workspace_bytes: int
-    command: str
-    ours: costs.Costs
-    eager: costs.Costs
 
-    @classmethod
-    def of(cls, case: Case, gpu: str, workspace_bytes: int, command: str) -> Model:
-        """ValueError for an unknown GPU, or a dtype that the kernels do not take."""
-        for name, value, known in (("model", gpu, costs.GPUS), ("dtype", case.dtype, DTYPES)):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
-        wide = getattr(torch, case.dtype)
-        launches = Launches(
-            case.rows, case.classes, case.features, wide, wide, case.scale, workspace_bytes=workspace_bytes
-        )
-        ours = costs.costs(launches, costs.GPUS[gpu].arch)
-        return cls(case, gpu, workspace_bytes, command, ours, eager_costs(case, wide))
+def extra_bytes(case: Case, workspace_bytes: int) -> int:
+    """Count the peak bytes of ours beside inputs and gradients."""
+    return our_costs(case, workspace_bytes, DEFAULT_ARCH).extra
 
-    def report(self) -> str:
-        """Steps of ours, then the eager head's sums."""
-        case = self.case
-        return "\n".join(
-            [
-                f"B={case.rows:,}, C={case.classes:,}, D={case.features:,}, {case.dtype}, "
-                f"workspace {self.workspace_bytes:,} bytes: a roofline, nothing is measured",
-                costs.report(self.ours, self.gpu),
-                costs.sums(self.eager, self.gpu, f"eager head, on {self.gpu}"),
-            ]
-        )
 
-    def to_json(self) -> str:
-        """Sums of both heads: FLOPs, bytes moved, milliseconds, peak bytes beside dw."""
-        gpu = costs.GPUS[self.gpu]
-        sums = {
-            name: {
-                "flops": found.flops,
-                "moved_bytes": found.moved,
-                "milliseconds": found.milliseconds(gpu),
-                "extra_bytes": found.extra,
-            }
-            for name, found in (("ours", self.ours), ("eager", self.eager))
-        }
-        data = {
-            "kind": KIND,
-            "schema": SCHEMA,
-            "gpu": self.gpu,
-            "rates": dataclasses.asdict(gpu),
-            "case": dataclasses.asdict(self.case),
-            "workspace_bytes": self.workspace_bytes,
-            **sums,
-            "commit": machine.commit(),
-            "command": self.command,
-        }
-        return json.dumps(data, indent=1) + "\n"
+def seconds(case: Case, workspace_bytes: int, card: str) -> float | None:
+    """Return the roofline of ours on a card by its driver's name; None where its rates are not known."""
+    name = next((name for name in costs.GPUS if name in card.lower()), None)
+    if name is None:
+        return None
+    return our_costs(case, workspace_bytes, costs.GPUS[name].arch).milliseconds(costs.GPUS[name]) / 1e3
+
+
+def model(case: Case, gpu: str, workspace_bytes: int) -> tuple[list[Measurement], str]:
+    """Count both heads on a GPU of costs.GPUS: their sums as records, and the steps as a report.
+
+    ValueError for an unknown GPU, or a dtype that the kernels do not take.
+    """
+    for argument, chosen, known in (("model", gpu, costs.GPUS), ("dtype", case.dtype, MODELED)):
+        if chosen not in known:
+            raise ValueError(f"{argument}: expected one of {list(known)}, got {chosen!r}")
+    card = costs.GPUS[gpu]
+    ours = our_costs(case, workspace_bytes, card.arch)
+    eager = eager_costs(case, DTYPES[case.dtype])
+    rows: list[Measurement] = []
+    for name, found in ((f"ours@{workspace_bytes}", ours), ("eager", eager)):
+        for what, value in (
+            (FLOPS, found.flops),
+            (MOVED, found.moved),
+            (ROOFLINE, found.milliseconds(card) / 1e3),
+            (BYTES, found.extra),
+        ):
+            rows.append(Measurement(what, name, get(name).label(case), case, (value,)))
+    report = (
+        f"B={case.rows:,}, C={case.classes:,}, D={case.features:,}, {case.dtype}, "
+        f"workspace {workspace_bytes:,} bytes: a roofline, nothing is measured\n"
+        f"{costs.report(ours, gpu)}\n{costs.sums(eager, gpu, f'eager head, on {gpu}')}"
+    )
+    return rows, report

@@ -1,7 +1,7 @@
-"""What sampling classes saves: drawing a sample, and a step over it, on the CPU backend.
+"""Measures what sampling classes saves: drawing a sample, and a step over it, on the CPU backend.
 
     python -m bench.partial_fc                       # C = 10M for drawing, 1M for a step; a minute or two
-    python -m bench.partial_fc --toy --json out.json
+    python -m bench.partial_fc --toy --json out.jsonl
 
 Candidates take turns round by round; medians are compared. A sampled step that is wrong is not timed.
 B rows · C classes · D features · S classes of a sample; seconds and bytes throughout
@@ -10,41 +10,41 @@ B rows · C classes · D features · S classes of a sample; seconds and bytes th
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import os
-import subprocess
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from bench import machine
-from bench.commands.options import OUT, file_to_write, in_out
-from bench.measure import Spread, no_garbage_collection, turn
-from bench.memory import resident_growth, unavailable
+from bench.cases import Case
+from bench.measure import WARM_UPS, no_garbage_collection, round_order
+from bench.memory import output_of_child, resident_growth, unavailable
+from bench.records import BYTES, SECONDS, Header, Measurement, Run, Writer, folder
+from bench.report import print_run
 from expface_kernels import MarginSoftmaxHead, reference
 from expface_kernels.distributed.sampling import Sampler
-from tests.tolerances import CAPS, relative_error
+from expface_kernels.testing import relative_error
+from expface_kernels.testing.policy import CAPS
 
-SCHEMA = 1
-JSON = "partial-fc.json"
-DRAW_SHARE, STEP_SHARE = 1 / 20, 0.16
-"""What drawing may cost of torch.rand(C).topk(S), and a step of one over all classes."""
-WARM_UPS = 2
-Seconds = dict[str, list[float]]
+DEFAULT_JSON = Path("out") / "partial-fc.jsonl"
+DRAW, KEYS = "draw", "torch.rand(C).topk(S)"
+STEP, ALL = "sampled step", "step over all classes"
+STEP_SGD, ALL_SGD = "sampled step with SGD", "step over all classes with SGD"
+COMPARED = {DRAW: (KEYS, 1 / 20), STEP: (ALL, 0.16), STEP_SGD: (ALL_SGD, 0.16)}
+"""What each is held against, and the share of its time that is wanted at most."""
+Seconds = list[float]
 
 
 @dataclass(frozen=True)
 class Sizes:
+    """Holds the sizes of drawing and of a step."""
+
     rows: int = 64
     draw_classes: int = 10_000_000
     draw_rate: float = 0.01
@@ -54,54 +54,54 @@ class Sizes:
 
     @property
     def sample(self) -> int:
-        """S of drawing."""
+        """Drawing takes so many classes, S."""
         return int(self.draw_rate * self.draw_classes)
 
 
 TOY = Sizes(rows=8, draw_classes=100_000, step_classes=4_000, features=16)
 
 
-def interleaved(candidates: dict[str, Callable[[], list[float]]], rounds: int) -> list[Seconds]:
-    """Each candidate's seconds by round, once for every clock that it reads."""
+def take_turns(candidates: Sequence[Callable[[], Seconds]], rounds: int) -> list[list[Seconds]]:
+    """Run all candidates in each round; return [candidate][clock][round], of the clocks that each reads."""
     for _ in range(WARM_UPS):
-        for candidate in candidates.values():
-            clocks = len(candidate())
-    found: list[Seconds] = [{name: [] for name in candidates} for _ in range(clocks)]
+        for candidate in candidates:
+            candidate()
+    found: list[list[Seconds]] = [[] for _ in candidates]
     with no_garbage_collection():
-        for round_ in track(range(rounds), "rounds", transient=True, console=Console(stderr=True)):
-            for name in turn(list(candidates), round_):
-                for clock, seconds in zip(found, candidates[name](), strict=True):
-                    clock[name].append(seconds)
-    return found
+        for round_ in range(rounds):
+            for name in round_order([str(i) for i in range(len(candidates))], round_):
+                found[int(name)].append(candidates[int(name)]())
+    return [[list(clock) for clock in zip(*rows, strict=True)] for rows in found]
 
 
-def time_draws(sizes: Sizes, rounds: int) -> Seconds:
-    """A sample of S classes of C, all targets in it; and S random classes of C, by the largest keys."""
+def time_draws(sizes: Sizes, rounds: int) -> tuple[Seconds, Seconds]:
+    """Time a sample of S of C classes, all targets in it; and S random classes of C, by the largest keys."""
     targets = torch.randint(sizes.draw_classes, (sizes.rows,))
     steps = iter(range(10**9))
 
-    def ours() -> list[float]:
+    def ours() -> Seconds:
         start = time.perf_counter()
         Sampler(sizes.draw_rate, 0, next(steps), 0)(targets, sizes.draw_classes)
         return [time.perf_counter() - start]
 
-    def keys() -> list[float]:
+    def keys() -> Seconds:
         start = time.perf_counter()
         torch.rand(sizes.draw_classes).topk(sizes.sample)
         return [time.perf_counter() - start]
 
-    return interleaved({"sample": ours, "torch.rand(C).topk(S)": keys}, rounds)[0]
+    (drawn,), (sorted_,) = take_turns([ours, keys], rounds)
+    return drawn, sorted_
 
 
-def time_steps(sizes: Sizes, rounds: int) -> tuple[Seconds, Seconds]:
-    """Forward and backward over a sample and over all classes; and the same with the step of an SGD."""
+def time_steps(sizes: Sizes, rounds: int) -> dict[str, Seconds]:
+    """Time forward and backward over a sample and over all classes, without and with the step of an SGD."""
     head = MarginSoftmaxHead(sizes.features, sizes.step_classes)
     x = torch.randn(sizes.rows, sizes.features, requires_grad=True)
     labels = torch.randint(sizes.step_classes, (sizes.rows,))
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
 
-    def step(rate: float) -> Callable[[], list[float]]:
-        def run() -> list[float]:
+    def step(rate: float) -> Callable[[], Seconds]:
+        def run() -> Seconds:
             head.sample_rate, head.sparse_grad = rate, rate < 1
             start = time.perf_counter()
             x.grad = None
@@ -115,23 +115,20 @@ def time_steps(sizes: Sizes, rounds: int) -> tuple[Seconds, Seconds]:
 
         return run
 
-    both = {f"sample_rate={sizes.step_rate}, sparse_grad": step(sizes.step_rate), "all classes": step(1.0)}
-    without, with_sgd = interleaved(both, rounds)
-    return without, with_sgd
+    sampled, whole = take_turns([step(sizes.step_rate), step(1.0)], rounds)
+    return {STEP: sampled[0], ALL: whole[0], STEP_SGD: sampled[1], ALL_SGD: whole[1]}
 
 
 def draw_bytes(classes: int, size: int, rows: int) -> int | None:
-    """Peak memory of drawing S of C classes, in a process of its own; None where it cannot be read."""
+    """Measure the peak memory of drawing S of C classes in its own process; None where it cannot be read."""
     if unavailable():
         return None
     code = f"from bench.partial_fc import print_draw_bytes as p; p({classes}, {size}, {rows})"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    return int(done.stdout)
+    return int(output_of_child(["-c", code]))
 
 
 def print_draw_bytes(classes: int, size: int, rows: int) -> None:
-    """As `bench.memory` reads it: the kernel's high-water mark, less what was there before."""
+    """Print what `bench.memory` reads: the kernel's high-water mark, less what was there before."""
     torch.set_num_threads(1)
     targets = torch.randint(classes, (rows,))
     Sampler(0.5, 0, 0, 0)(torch.zeros(1, dtype=torch.int64), 64)
@@ -139,7 +136,7 @@ def print_draw_bytes(classes: int, size: int, rows: int) -> None:
 
 
 def wrong(sizes: Sizes) -> str | None:
-    """Why a sampled step is not to be timed: how far it is off float64 truth; None where right."""
+    """Say how far a sampled step is off float64 truth, and is not to be timed; None where it is right."""
     classes = min(sizes.step_classes, 2000)
     head = MarginSoftmaxHead(sizes.features, classes, sample_rate=sizes.step_rate, sparse_grad=True)
     x = torch.randn(sizes.rows, sizes.features, requires_grad=True)
@@ -168,54 +165,43 @@ def wrong(sizes: Sizes) -> str | None:
     return None
 
 
-def ratio(seconds: Seconds) -> float:
-    """Median of the first candidate over that of the second."""
-    first, second = (Spread.of(values).median for values in seconds.values())
-    return first / second
+def records(
+    sizes: Sizes, draws: tuple[Seconds, Seconds], steps: dict[str, Seconds], peaks: dict[int, int | None]
+) -> list[Measurement]:
+    """Make the records of everything that was measured; `peaks` are bytes by classes."""
+
+    def case(classes: int, rate: float, features: int = 1) -> Case:
+        detached = "detached"  # the head's own target gradient
+        return Case(sizes.rows, classes, features, target_gradient=detached, sample_rate=rate)
+
+    drawn = case(sizes.draw_classes, sizes.draw_rate)
+    found = [
+        Measurement(SECONDS, name, name, drawn, tuple(seconds))
+        for name, seconds in zip((DRAW, KEYS), draws, strict=True)
+    ]
+    for name, seconds in steps.items():
+        rate = sizes.step_rate if name in (STEP, STEP_SGD) else 1.0
+        own = case(sizes.step_classes, rate, sizes.features)
+        found.append(Measurement(SECONDS, name, name, own, tuple(seconds)))
+    return found + [
+        Measurement(BYTES, DRAW, DRAW, case(classes, sizes.sample / classes), (peak,))
+        for classes, peak in peaks.items()
+        if peak is not None
+    ]
 
 
-def measure(sizes: Sizes, rounds: int) -> dict[str, Any]:
-    """Everything, ready for JSON."""
-    described = machine.describe()
-    torch.manual_seed(0)
-    draws = time_draws(sizes, rounds)
-    steps, with_sgd = time_steps(sizes, rounds)
-    larger = 10 * sizes.draw_classes
-    peaks = {str(c): draw_bytes(c, sizes.sample, sizes.rows) for c in (sizes.draw_classes, larger)}
-    return {
-        "schema": SCHEMA,
-        "sizes": dataclasses.asdict(sizes) | {"sample": sizes.sample},
-        "rounds": rounds,
-        "machine": described,
-        "draw": {"seconds": draws, "ratio": ratio(draws), "wanted": DRAW_SHARE},
-        "step": {"seconds": steps, "ratio": ratio(steps), "wanted": STEP_SHARE},
-        "step with SGD": {"seconds": with_sgd, "ratio": ratio(with_sgd), "wanted": STEP_SHARE},
-        "draw_bytes": peaks,
-    }
+def ratios(run: Run) -> dict[str, float]:
+    """Divide the median of each sampled candidate by that of what it is held against."""
+    medians = {m.peer: m.value for m in run.measurements if m.what == SECONDS and m.value is not None}
+    return {name: medians[name] / medians[against] for name, (against, _) in COMPARED.items()}
 
 
-def print_result(result: dict[str, Any], console: Console) -> None:
-    sizes, host = result["sizes"], result["machine"]
-    console.print(
-        f"{host['cpu']}, {host['cores']} cores, {host['torch_threads']} threads, torch {host['torch']}, "
-        f"commit {host['commit']}, load {host['load_average']}"
-    )
-    titles = {
-        "draw": f"Drawing S={sizes['sample']:,} of C={sizes['draw_classes']:,}",
-        "step": "Forward and backward, B={rows}, C={step_classes:,}, D={features}".format(**sizes),
-        "step with SGD": "The same and the optimizer's step",
-    }
-    for key, title in titles.items():
-        found = result[key]
-        table = Table("", "seconds", "quartiles", title=f"{title}; medians of {result['rounds']} rounds")
-        for name, values in found["seconds"].items():
-            spread = Spread.of(values)
-            quartiles = f"{spread.first_quartile:.4f} to {spread.third_quartile:.4f}"
-            table.add_row(name, f"{spread.median:.4f}", quartiles)
-        console.print(table, f"ratio {found['ratio']:.4f}, wanted: under {found['wanted']:g}")
-    for classes, peak in result["draw_bytes"].items():
-        size = unavailable() if peak is None else f"{peak / 1e6:.1f} MB"
-        console.print(f"drawing S={sizes['sample']:,} of C={int(classes):,}, peak memory: {size}")
+def print_result(run: Run) -> None:
+    """Print the records, and each share beside the one that is wanted."""
+    print_run(run)
+    for name, share in ratios(run).items():
+        against, wanted = COMPARED[name]
+        print(f"{name}: {share:.4f} of the seconds of {against}, wanted: under {wanted:g}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -226,31 +212,36 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 where a sampled step is wrong; 2 for bad input."""
+    """Return 0; 1 where a sampled step is wrong; 2 for bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog="python -m bench.partial_fc", description="What sampling classes saves.")
     parser.add_argument("--toy", action="store_true", help="tiny sizes: does everything work?")
     parser.add_argument("--rounds", type=int, default=9, help="each candidate once in each (default: 9)")
     parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help=f"write everything that was found there (default: {OUT / JSON})",
+        "--json", type=Path, metavar="FILE", help=f"write the records there (default: {DEFAULT_JSON})"
     )
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
-    try:
-        path = file_to_write("--json", options.json or in_out("--json", JSON))
-    except ValueError as error:
-        parser.error(str(error))
-    sizes = TOY if options.toy else Sizes()
+    sizes, path = TOY if options.toy else Sizes(), options.json
     reason = wrong(sizes)
     if reason is not None:
         print(f"bench.partial_fc: nothing timed, a sampled step is wrong: {reason}", file=sys.stderr)
         return 1
-    result = measure(sizes, options.rounds)
-    print_result(result, Console())
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    try:
+        command = shlex.join(["python", "-m", "bench.partial_fc", *argv])
+        header = Header.now(command, machine.describe(), toy=options.toy)
+        path = path or folder("--json", DEFAULT_JSON.parent) / DEFAULT_JSON.name
+        writer = Writer(path, header, "--json")
+    except ValueError as error:
+        parser.error(str(error))
+    torch.manual_seed(0)
+    draws, steps = time_draws(sizes, options.rounds), time_steps(sizes, options.rounds)
+    peaks = {
+        c: draw_bytes(c, sizes.sample, sizes.rows) for c in (sizes.draw_classes, 10 * sizes.draw_classes)
+    }
+    writer.add(*records(sizes, draws, steps, peaks))
+    print_result(writer.end())
     print(f"wrote {path}")
     return 0
 

@@ -1,260 +1,244 @@
-"""A sweep as four PNGs: seconds and memory against classes, throughput against memory, speed-ups.
+"""Draws a sweep as PNGs: seconds and memory against classes, throughput against memory.
 
-Needs matplotlib, which is imported when something is drawn. Colours are Okabe and Ito's, which colour-blind
-readers tell apart, with a darker and a paler green; markers and dashes differ as well.
+Needs matplotlib, which is imported when something is drawn. The colors are Okabe and Ito's, which color-blind
+readers tell apart; markers differ as well, and every line has its name at its end.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bench import peers
 from bench.cases import Case
-from bench.peers import SAMPLED_BASELINE
-from bench.sweep_report import direction, frontier, labels_of, workspace_bytes
-from bench.sweep_result import Axis, Point, Sweep
+from bench.peers.heads import Ours
+from bench.records import BYTES, NO_ROOM, SECONDS, Measurement, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 130
-BLUE, SKY, VERMILION, ORANGE = "#0072B2", "#56B4E9", "#D55E00", "#E69F00"
+LEAST_ROUNDS = 5
+"""Of fewer rounds the median is no steady number: its point is hollow."""
+BLUE, VERMILION, ORANGE = "#0072B2", "#D55E00", "#E69F00"
 GREEN, PURPLE, BLACK, GREY = "#009E73", "#CC79A7", "#000000", "#777777"
-DARK_GREEN, PALE_GREEN = "#005A41", "#6CC9AE"
 
 
 class Style(NamedTuple):
-    """How a peer is drawn everywhere."""
+    """Says how a peer is drawn everywhere."""
 
     color: str
     marker: str
-    dashes: str = "-"
+    text: str
 
 
 STYLES = {
-    "ours": Style(BLUE, "o"),
-    "ours@0": Style(SKY, "s", "--"),
-    "eager": Style(VERMILION, "^"),
-    "compiled": Style(ORANGE, "v"),
-    "compiled_autotuned": Style(ORANGE, "1", "--"),
-    "compiled_dynamic": Style(ORANGE, "v"),
-    "pml_arcface": Style(PURPLE, "D"),
-    "pml_cosface": Style(PURPLE, "d", "--"),
-    "torch_linear": Style(GREEN, "P"),
-    "torch_linear_compiled": Style(DARK_GREEN, "X", "--"),
-    "torch_linear_autotuned": Style(DARK_GREEN, "2", ":"),
-    "torch_linear_dynamic": Style(DARK_GREEN, "X", "--"),
-    "torch_linear_chunked": Style(PALE_GREEN, "*", ":"),
-    "torch_linear_auto": Style(PALE_GREEN, "3", ":"),
-    "cce": Style(BLACK, "<"),
-    "cce_exact": Style(BLACK, ">", "--"),
-    "liger": Style(GREY, "h"),
-    "ours_sampled": Style(BLUE, "o", ":"),
-    "partial_fc": Style(BLACK, "p", ":"),
+    "ours": Style(BLUE, "o", "this package"),
+    "eager": Style(VERMILION, "^", "eager"),
+    "compiled": Style(ORANGE, "v", "torch.compile"),
+    "compiled_dynamic": Style(ORANGE, "v", "torch.compile"),
+    "pml_arcface": Style(PURPLE, "D", "pytorch-metric-learning"),
+    "torch_linear_compiled": Style(GREEN, "X", "linear_cross_entropy,\ncompiled (no margin)"),
+    "torch_linear_dynamic": Style(GREEN, "X", "linear_cross_entropy,\ncompiled (no margin)"),
 }
-RANKS = {name: rank for rank, name in enumerate(STYLES)}
-"""In legends."""
-OTHER = Style(GREY, ".")
+"""The peers that have a line against the classes."""
+MARKERS = "s*P<>hp12"
+"""Of the others, in the order of their names."""
 
 
 def unavailable() -> str | None:
-    """Why nothing can be drawn; None where it can."""
+    """Say why nothing can be drawn; None where it can."""
     return None if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
 
 
-def source(sweep: Sweep) -> dict[str, str]:
-    """What stands in every picture's metadata: which sweep it shows."""
-    return {"Commit": sweep.machine["commit"], "Creation Time": sweep.date}
+def source(run: Run) -> dict[str, str]:
+    """Return what stands in every picture's metadata: which run it shows."""
+    return {"Commit": run.header.machine["commit"], "Creation Time": str(run.header.date)}
 
 
-def draw(sweep: Sweep, folder: Path) -> list[Path]:
-    """Writes what the sweep has the points for, and returns the files; each holds its `source`."""
+def draw(run: Run, folder: Path) -> list[Path]:
+    """Write what the run has the points for, and return the files; each holds its `source`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figures = {
-        "classes-seconds": _against_classes(sweep, memory=False),
-        "classes-memory": _against_classes(sweep, memory=True),
-        "frontier": _frontier(sweep),
-        "speedups": _speedups(sweep),
+        "classes": _against_classes(run, backward=True),
+        "classes-forward": _against_classes(run, backward=False),
+        "frontier": _frontier(run),
     }
     written = []
     for name, figure in figures.items():
         if figure is not None:
             path = folder / f"{name}.png"
-            figure.savefig(path, dpi=DPI, metadata=source(sweep))
+            figure.savefig(path, dpi=DPI, metadata=source(run))
             plt.close(figure)
             written.append(path)
     return written
 
 
-def _figure(panels: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+def _title(figure: Figure, run: Run, text: str) -> None:
+    """Write the title on the left, and on the right where the numbers come from."""
+    machine = run.header.machine
+    where = machine["gpu"]["card"] if machine.get("gpu") else f"{machine['cpu']}, {machine['cores']} cores"
+    figure.suptitle(text, x=0.01, ha="left", fontsize=12)
+    source = f"{where}, torch {machine['torch']}, commit {machine['commit']}, {(run.header.date or '')[:10]}"
+    figure.text(0.995, 0.99, source, ha="right", va="top", fontsize=6.5, color=GREY)
+
+
+def _longest_line(run: Run, backward: bool) -> Case | None:
+    """Return a case of the line along the classes that has most values."""
+    cases = [case for case in run.cases() if case.backward is backward]
+
+    def values(case: Case) -> int:
+        return sum(dataclasses.replace(c, classes=case.classes).shape == case.shape for c in cases)
+
+    return max(cases, key=values, default=None)
+
+
+def _against_classes(run: Run, *, backward: bool) -> Figure | None:
+    """Draw seconds and extra memory of the peers of STYLES, one panel each."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained", **options)
-    return figure, list(axes) if panels > 1 else [axes]
-
-
-def _style(peer: str) -> Style:
-    return STYLES.get(peer, OTHER)
-
-
-def _line_of(peer: str) -> dict[str, Any]:
-    style = _style(peer)
-    wide = 2.4 if peer == "ours" else 1.4
-    return {
-        "color": style.color,
-        "marker": style.marker,
-        "linestyle": style.dashes,
-        "linewidth": wide,
-        "markersize": 6,
-    }
-
-
-def _directions(sweep: Sweep) -> list[bool]:
-    return sorted({point.case.backward for point in sweep.points})
-
-
-def _against_classes(sweep: Sweep, *, memory: bool) -> Figure | None:
-    axis = next((axis for axis in sweep.axes if axis.varies == "classes"), None)
-    if axis is None or not sweep.values(axis):
+    case = _longest_line(run, backward)
+    if case is None:
         return None
-    if all(_value(point, memory) is None for point in sweep.points):
+    lines = {what: {name: run.line(case, name, what) for name in STYLES} for what in (SECONDS, BYTES)}
+    for what, found in lines.items():
+        lines[what] = {name: line for name, line in found.items() if any(m.values for _, m in line)}
+    shown = [what for what, found in lines.items() if found]
+    if not lines[SECONDS]:
         return None
-    directions = _directions(sweep)
-    figure, panels = _figure(len(directions), 5.2 * len(directions) + 4, 5.4, sharex=True, sharey=True)
-    handles: dict[str, Any] = {}
-    texts: dict[str, str] = {}
-    for panel, backward in zip(panels, directions, strict=True):
-        for peer, label in labels_of(sweep, axis, backward).items():
-            line = sweep.line(axis, peer, backward=backward)
-            values = [(c, y) for c, p in line if (y := _value(p, memory)) is not None and y > 0]
-            if not values:
-                continue
-            (handle,) = panel.plot(*zip(*values, strict=True), **_line_of(peer))
-            if not memory:
-                _mark_single_rounds(panel, peer, line)
-            handles[peer], texts[peer] = handle, f"{label}{_stopped(line, backward)}"
-        panel.set(xscale="log", yscale="log", xlabel="classes C", title=direction(backward))
-        panel.grid(alpha=0.3, which="major")
-        panel.yaxis.set_tick_params(labelleft=True)
-    texts["guide"] = "slope 1: in proportion to C"
-    for panel in panels:
-        handles["guide"] = _guide(panel)
-    quantity = "peak extra memory of a step, MB (1e6 bytes)" if memory else "median seconds of a step"
-    panels[0].set_ylabel(f"{quantity} (log)")
-    what = "Extra memory" if memory else "Time (hollow: a single round)"
-    _title(figure, sweep, f"{what} against classes, {_shape(axis)}")
-    order = sorted(handles, key=lambda name: (name == "guide", RANKS.get(name, len(RANKS))))
-    figure.legend(
-        [handles[name] for name in order],
-        [texts[name] for name in order],
-        loc="outside lower center",
-        ncols=2,
-        fontsize=8,
+    size = (6.3 * len(shown), 4.6)
+    figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    titles = {SECONDS: "seconds of a step", BYTES: "extra memory of a step, MB"}
+    few = False
+    for panel, what in zip(panels[0], shown, strict=True):
+        panel.set(xscale="log", yscale="log", xlabel="classes C")
+        panel.set_title(titles[what], loc="left", fontsize=10)
+        panel.grid(alpha=0.25, which="major")
+        panel.spines[["top", "right"]].set_visible(False)
+        ends = []
+        for name, line in lines[what].items():
+            ends.append(_draw_line(panel, name, line, 1e-6 if what == BYTES else 1.0))
+            few |= what == SECONDS and any(0 < len(m.values) < LEAST_ROUNDS for _, m in line)
+        _label_ends(panel, ends)
+    passes = "forward and both gradients" if backward else "forward alone"
+    hollow = f"; hollow: fewer than {LEAST_ROUNDS} rounds" if few else ""
+    _title(
+        figure, run, f"A step against the classes: B = {case.rows:,}, D = {case.features:,}, {passes}{hollow}"
     )
     return figure
 
 
-def _title(figure: Figure, sweep: Sweep, text: str) -> None:
-    """On the left; where the numbers come from on the right."""
-    machine = sweep.machine
-    where = machine["gpu"]["card"] if machine.get("gpu") else f"{machine['cpu']}, {machine['cores']} cores"
-    source = f"{where}, torch {machine['torch']}\ncommit {machine['commit']}, {sweep.date[:10]}"
-    figure.suptitle(text, x=0.01, ha="left")
-    figure.text(0.995, 0.99, source, ha="right", va="top", fontsize=6.5, color=GREY)
+class End(NamedTuple):
+    """Says where a line ends, and whether in a cross."""
+
+    x: float
+    y: float
+    style: Style
+    crossed: bool
 
 
-def _value(point: Point, memory: bool) -> float | None:
-    if memory:
-        return None if point.extra_bytes is None else point.extra_bytes / 1e6
-    return point.median
+def _draw_line(panel: Axes, name: str, line: Sequence[tuple[int, Measurement]], unit: float) -> End:
+    """Draw a peer's points, and a cross where it has no room; return the place of its label."""
+    style = STYLES[name]
+    points = [
+        (float(c), m.value * unit, len(m.values)) for c, m in line if m.value is not None and m.value > 0
+    ]
+    width = 2.6 if name == "ours" else 1.5
+    xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+    panel.plot(xs, ys, color=style.color, linewidth=width)
+    seconds = line[0][1].what == SECONDS
+    for x, y, rounds in points:
+        face = "white" if seconds and rounds < LEAST_ROUNDS else style.color
+        panel.plot(x, y, color=style.color, marker=style.marker, markerfacecolor=face, markersize=6)
+    x, y, crossed = xs[-1], ys[-1], False
+    lack = next((c for c, m in line if m.status == NO_ROOM and c > x), None)
+    if lack is not None:  # further on in proportion to the classes, as far as there is no number
+        panel.plot([x, lack], [y, y * lack / x], color=style.color, linestyle=":", linewidth=1.2)
+        x, y = float(lack), y * lack / x
+        panel.plot(x, y, color=style.color, marker="x", markersize=10, markeredgewidth=2.5)
+        crossed = True
+    return End(x, y, style, crossed)
 
 
-def _stopped(line: Iterable[tuple[int, Point]], backward: bool) -> str:
-    """What the first point without memory enough says, for a legend."""
-    found = next(((c, p.needs_bytes) for c, p in line if p.needs_bytes is not None), None)
-    if found is None:
-        return ""
-    what = "with gradients" if backward else "forward"
-    return f"; {what} at C={found[0]:,} needs {found[1] / 1e9:.3g} GB"
-
-
-def _mark_single_rounds(panel: Axes, peer: str, line: Iterable[tuple[int, Point]]) -> None:
-    """Hollow markers where time was left for one round only, no median."""
-    style = _style(peer)
-    single = [(c, p.median) for c, p in line if len(p.seconds) == 1]
-    if single:
-        panel.plot(
-            *zip(*single, strict=True),
-            color=style.color,
-            marker=style.marker,
-            markerfacecolor="white",
-            linestyle="",
-            markersize=6,
+def _label_ends(panel: Axes, ends: list[End]) -> None:
+    """Write each line's name to the right of the panel at the height of its end, moved apart where needed."""
+    if crosses := [end for end in ends if end.crossed]:
+        top = max(crosses, key=lambda end: end.y)
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom"}
+        panel.annotate("out of memory", (top.x, top.y), (8, 8), color=BLACK, **place)
+    panel.get_figure().canvas.draw()  # type: ignore[union-attr]
+    to_axes = panel.transData + panel.transAxes.inverted()
+    places = sorted(
+        ((end, float(to_axes.transform((end.x, end.y))[1])) for end in ends), key=lambda place: place[1]
+    )
+    heights = [height for _, height in places]
+    for _ in range(200):  # neighbors push one another until none overlap
+        for i in range(len(heights) - 1):
+            lines = sum(2 + end.style.text.count("\n") for end, _ in places[i : i + 2])
+            gap = 0.022 * lines
+            if (lack := gap - (heights[i + 1] - heights[i])) > 1e-4:
+                heights[i] -= lack / 2
+                heights[i + 1] += lack / 2
+    for (end, _), height in zip(places, heights, strict=True):
+        panel.annotate(
+            end.style.text,
+            (end.x, end.y),
+            (1.04, height),
+            textcoords="axes fraction",
+            color=end.style.color,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": end.style.color, "alpha": 0.35, "linewidth": 0.8},
         )
 
 
-def _guide(panel: Axes) -> Any:
-    """A pale line of slope 1 through the lower left corner."""
-    (left, right), (low, _) = panel.get_xlim(), panel.get_ylim()
-    panel.autoscale(False)
-    return panel.axline((left, low), (right, low * right / left), color="#bbbbbb", linewidth=1, zorder=0)
+def _main_case(run: Run) -> Case | None:
+    """Return the shape with most peers, forward and backward."""
+    cases = [case for case in run.cases() if case.backward]
+    return max(cases, key=lambda case: sum(bool(m.values) for m in run.at(case).values()), default=None)
 
 
-def _shape(axis: Axis) -> str:
-    case = axis.case
-    names = {"rows": "B", "classes": "C", "features": "D"}
-    return ", ".join(f"{n}={getattr(case, name):,}" for name, n in names.items() if name != axis.varies)
-
-
-def _main_case(sweep: Sweep) -> Case | None:
-    """The shape with most peers."""
-    shapes = [point.case for point in sweep.points if point.case.backward and point.median is not None]
-    return max(shapes, key=lambda case: len(sweep.at(case)), default=None)
-
-
-def _frontier(sweep: Sweep) -> Figure | None:
-    ours = [point for point in frontier(sweep) if point.median is not None and point.extra_bytes is not None]
-    if len(ours) < 2:
-        return None
-    case = ours[0].case
-    others = {
-        peer: point
-        for peer, point in sweep.at(case).items()
-        if not peer.startswith("ours")
-        and point.median is not None
-        and point.extra_bytes is not None
-        and point.case.sample_rate == 1
-    }
+def _frontier(run: Run) -> Figure | None:
+    """Draw rows per second against extra memory: ours with each workspace, and the peers."""
+    import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, (panel,) = _figure(1, 9.5, 5.6)
-
-    def place(point: Point) -> tuple[float, float]:
-        assert point.median is not None
-        assert point.extra_bytes is not None
-        return point.extra_bytes / 1e6, point.case.rows / point.median
-
-    panel.plot(
-        *zip(*map(place, ours), strict=True), color=BLUE, marker="o", label="ours, by its workspace in MiB"
-    )
-    for i, point in enumerate(ours):  # above and below in turn: neighbours may lie close together
-        text = f"{workspace_bytes(point) / 2**20:.0f}"
-        offset = (0, -9 if i % 2 else 9)
+    case = _main_case(run)
+    if case is None:
+        return None
+    held = {name: m.value for name, m in run.at(case, BYTES).items()}
+    places = {
+        name: (memory / 1e6, case.rows / m.value)
+        for name, m in run.at(case).items()
+        if (memory := held.get(name)) is not None and m.value is not None and m.case.sample_rate == 1
+    }
+    ours = sorted((n for n in places if peers.is_ours(n)), key=_workspace_bytes)
+    if len(ours) < 3:
+        return None
+    figure, panel = plt.subplots(figsize=(9.5, 5.6), layout="constrained")
+    line = [places[name] for name in ours]
+    panel.plot(*zip(*line, strict=True), color=BLUE, marker="o", label="this package, by its workspace")
+    for i, name in enumerate(ours):  # above and below in turn: neighbors may lie close together
+        text, offset = f"{_workspace_bytes(name) / 2**20:.0f} MiB", (0, -11 if i % 2 else 11)
         panel.annotate(
-            text, place(point), offset, textcoords="offset points", ha="center", va="center", fontsize=8
+            text, places[name], offset, textcoords="offset points", ha="center", va="center", fontsize=8
         )
-    for peer, point in others.items():
-        style = _style(peer)
-        panel.plot(*place(point), color=style.color, marker=style.marker, linestyle="", label=point.label)
+    others = [name for name in places if not peers.is_ours(name)]
+    for i, name in enumerate(others):
+        color, marker, _ = STYLES.get(name, Style(GREY, MARKERS[i % len(MARKERS)], ""))
+        label = run.at(case)[name].label
+        panel.plot(*places[name], color=color, marker=marker, linestyle="", label=label)
     panel.set(
-        xlabel="peak extra memory of a step, MB (1e6 bytes, log)",
+        xlabel="peak extra memory of a step, MB (log)",
         ylabel="rows a second, forward and both gradients",
         xscale="log",
     )
@@ -263,90 +247,13 @@ def _frontier(sweep: Sweep) -> Figure | None:
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
     panel.grid(alpha=0.3)
-    _title(figure, sweep, f"Throughput and memory, B={case.rows:,}, C={case.classes:,}, D={case.features:,}")
+    shape = f"B = {case.rows:,}, C = {case.classes:,}, D = {case.features:,}"
+    _title(figure, run, f"Throughput and memory, {shape}")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
-def _speedups(sweep: Sweep) -> Figure | None:
-    """How many times as fast as each peer ours is at the main shape, and as the eager head at all shapes."""
-    case = _main_case(sweep)
-    if case is None or "ours" not in sweep.at(case):
-        return None
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    directions = _directions(sweep)
-    figure, (left, right) = _figure(2, 14, 5.6, width_ratios=[3, 2])
-    height = 0.8 / len(directions)
-    names, labels = _rivals(sweep, case, directions)
-    for k, backward in enumerate(directions):
-        points = sweep.at(_turned(case, backward))
-        _bars(left, [_times(points, name) for name in names], k, height, backward)
-    left.set_yticks(range(len(names)), labels, fontsize=8)
-    left.set_title(f"B={case.rows:,}, C={case.classes:,}, D={case.features:,}: against each peer")
-    shapes = sorted({_bare(p.case) for p in sweep.points}, key=lambda c: (c[2], c[0], c[1]))
-    shown = [s for s in shapes if any(_times(sweep.at(_at(case, s, b)), "eager") for b in directions)]
-    for k, backward in enumerate(directions):
-        times = [_times(sweep.at(_at(case, shape, backward)), "eager") for shape in shown]
-        _bars(right, times, k, height, backward)
-    right.set_yticks(range(len(shown)), [f"B={b:,}, C={c:,}, D={d:,}" for b, c, d in shown], fontsize=8)
-    right.set_title("against the eager head, every shape")
-    for panel in (left, right):
-        panel.set(xscale="log", xlabel="times as fast (log; 1: no difference)")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.axvline(1, color=BLACK, linewidth=1)
-        panel.invert_yaxis()
-        panel.grid(alpha=0.3, axis="x")
-        low, high = panel.get_xlim()
-        panel.set_xlim(low * 0.85, high * 1.35)  # room for the numbers
-    left.legend(fontsize=8, loc="lower right")  # the last peer's bars are short
-    _title(figure, sweep, "Speed of ours, by medians (partial FC: of ours on the same sample)")
-    return figure
-
-
-def _rivals(sweep: Sweep, case: Case, directions: list[bool]) -> tuple[list[str], list[str]]:
-    """Peers that are not ours and have a time at the shape, and their labels."""
-    found: dict[str, str] = {}
-    for backward in directions:
-        for name, point in sweep.at(_turned(case, backward)).items():
-            if not name.startswith("ours") and point.median is not None:
-                found[name] = point.label.replace(" (", "\n(", 1)
-    return list(found), list(found.values())
-
-
-def _times(points: dict[str, Point], name: str) -> float | None:
-    """The peer's median over ours, which samples where the peer does."""
-    ours = points.get("ours_sampled" if name == SAMPLED_BASELINE else "ours")
-    peer = points.get(name)
-    if ours is None or peer is None or ours.median is None or peer.median is None:
-        return None
-    return peer.median / ours.median
-
-
-def _bars(panel: Axes, times: list[float | None], k: int, height: float, backward: bool) -> None:
-    """From 1, no difference, to the right where ours is faster and to the left where it is slower."""
-    places = [i + k * height - 0.4 + height / 2 for i in range(len(times))]
-    bars = panel.barh(
-        places,
-        [(value or 1.0) - 1 for value in times],
-        left=1,
-        height=height,
-        color=BLUE if backward else SKY,
-        label=direction(backward),
-    )
-    panel.bar_label(bars, [f"{value:.2f}" if value else "" for value in times], padding=3, fontsize=8)
-
-
-def _turned(case: Case, backward: bool) -> Case:
-    return _at(case, _bare(case), backward)
-
-
-def _bare(case: Case) -> tuple[int, int, int]:
-    return case.rows, case.classes, case.features
-
-
-def _at(case: Case, shape: tuple[int, int, int], backward: bool) -> Case:
-    rows, classes, features = shape
-    return Case(rows, classes, features, case.dtype, device=case.device, backward=backward)
+def _workspace_bytes(name: str) -> int:
+    peer = peers.get(name)
+    assert isinstance(peer, Ours)
+    return peer.workspace_bytes

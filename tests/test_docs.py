@@ -143,8 +143,8 @@ def _run_rank(group: Any, file: str, code: list[str]) -> dict[str, Any]:
     """Return what the code leaves on a rank: the last loss, the norms of the backbone's parameters."""
     torch.manual_seed(group.rank())
     # The launcher has made the default group, and ends it.
-    started = [re.sub(r"^.*(init|destroy)_process_group\(.*\n", "", block, flags=re.MULTILINE) for block in code]
-    names = execute(file, started, torch=torch)
+    group_line = re.compile(r"^.*(init|destroy)_process_group\(.*\n", re.MULTILINE)
+    names = execute(file, [group_line.sub("", block) for block in code], torch=torch)
     with torch.no_grad():
         norms = [p.detach().double().norm() for p in names["backbone"].parameters()]
     classes = names.get("classes", torch.zeros(0))

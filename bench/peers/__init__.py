@@ -1,18 +1,14 @@
-"""Peers by name. A new one is a file here with a class derived from `base.Peer`, and a line below."""
+"""Finds peers by name. A new one is a class derived from `base.Peer` in a file here, and a line below."""
 
 from __future__ import annotations
 
 import importlib
 
-from bench.peers.base import Peer
-from bench.peers.compiled import Compiled
-from bench.peers.cut_cross_entropy import CutCrossEntropy
-from bench.peers.eager import Eager
-from bench.peers.liger import Liger
-from bench.peers.metric_learning import MetricLearning
-from bench.peers.ours import Ours, OursSampled
-from bench.peers.partial_fc import PartialFC
-from bench.peers.torch_linear import TorchLinear
+from bench.peers.base import Peer, supported_case
+from bench.peers.heads import Compiled, Eager, Ours, OursSampled, PartialFC
+from bench.peers.libraries import CutCrossEntropy, Liger, MetricLearning, TorchLinear
+
+__all__ = ["BASELINE", "PEERS", "SAMPLED_BASELINE", "baseline", "get", "is_ours", "names", "supported_case"]
 
 _ALL: tuple[Peer, ...] = (
     Ours(),
@@ -44,17 +40,22 @@ _SAMPLED = {peer.name for peer in _ALL if peer.sample_rate != 1}
 
 
 def names() -> list[str]:
-    """All that `get` knows by name."""
+    """List all that `get` knows by name."""
     return list(_BY_NAME)
 
 
 def baseline(name: str) -> str:
-    """The peer that this one's ratio is against: it does the same work."""
+    """Return the peer that this one's ratio is against: it does the same work."""
     return SAMPLED_BASELINE if name in _SAMPLED else BASELINE
 
 
+def is_ours(name: str) -> bool:
+    """Tell whether the name is one of this package's head, whatever its workspace."""
+    return name.partition("@")[0] in ("ours", "ours_sampled")
+
+
 def get(name: str) -> Peer:
-    """The peer of that name; ValueError where there is none.
+    """Return the peer of that name; ValueError where there is none.
 
     A name of PEERS, "ours@N" for a workspace of N bytes, or "package.module:ATTRIBUTE".
     """

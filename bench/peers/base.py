@@ -1,4 +1,4 @@
-"""What a peer is: a loss head that steps over a case's inputs, and what it declares of itself."""
+"""A peer is a loss head that steps over a case's inputs and declares what it can do and what it needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from bench import cuda, machine
+from bench import machine
 from bench.cases import AUTOCASTS, DEVICES, Case, Inputs
 from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS
@@ -21,8 +21,6 @@ Step = Callable[[], Tensor]
 # Of the free memory: needs are estimates, and whoever else is on the machine wants some too.
 USABLE = {"cpu": 0.75, "cuda": 0.92}
 NO_MARGIN: tuple[str, ...] = ("normface",)
-NEEDS = "needs about"
-"""How `memory_reason` begins."""
 GPU_ONLY: tuple[str, ...] = ("cuda",)
 ERROR_LENGTH = 300  # characters
 
@@ -40,58 +38,54 @@ class Peer(ABC):
     """The target gradients that it can do."""
     sample_rate: float = 1.0
     """The share of the classes that take part in its step."""
-
     rounds_cosines: bool = True
-    """Where products are 16 bit, so are its cosines, or the unit rows and centres that they come from."""
-
-    loads: tuple[str, ...] = ()
-    """Modules that its step imports when it is first made or run."""
+    """Where products are 16 bit, so are its cosines, or the unit rows and centers that they come from."""
 
     @abstractmethod
     def label(self, case: Case) -> str:
-        """What tables call it, with the gradient mode, and version and chunk size of a library."""
+        """Name it for tables, with the gradient mode, and version and chunk size of a library."""
 
     @abstractmethod
     def extra_bytes(self, case: Case) -> int:
-        """About what it holds at its peak, beside inputs and gradients."""
+        """Estimate what it holds at its peak, beside inputs and gradients."""
 
     @abstractmethod
     def step(self, inputs: Inputs) -> Step:
-        """A function that goes forward and, if the case wants it, backward, and returns the loss ().
+        """Make a function that goes forward and, if the case wants it, backward, and returns the loss ().
 
         It fills x.grad and w.grad. What does not belong into every step is done before it returns.
-        `inputs.case` is in its own terms.
+        `inputs.case` is a case that it supports.
         """
 
     def missing(self, case: Case) -> str | None:
-        """What of its own it lacks here for this case: a library, a compiler, a dtype; None for nothing."""
+        """Name what it lacks here for this case: a library, a compiler, a dtype; None for nothing."""
         return None
 
     def held_bytes(self, case: Case) -> int:
-        """About what it keeps from one step to the next."""
+        """Estimate what it keeps from one step to the next."""
         return 0
 
-    def cannot(self, case: Case) -> str | None:
-        """Why it cannot run this case here, memory apart; None where it can."""
+    def unavailable(self, case: Case) -> str | None:
+        """Say why it cannot run this case here, memory apart; None where it can."""
         if case.device not in self.devices:
             return (
                 "it runs on a GPU only" if self.devices == GPU_ONLY else f"it does not run on {case.device}"
             )
-        return self.missing(case) or (cuda.unavailable() if case.device == "cuda" else None)
+        return self.missing(case) or (machine.gpu_unavailable() if case.device == "cuda" else None)
 
     def needed_bytes(self, case: Case) -> int:
-        """Inputs, gradients and what it holds beside them at its peak."""
+        """Estimate inputs, gradients and what it holds beside them at its peak."""
         return case.input_bytes + case.gradient_bytes + self.extra_bytes(case)
 
     def why_not(self, case: Case) -> str | None:
-        """Why it cannot run this case here, memory included; None where it can."""
-        return self.cannot(case) or memory_reason(self.needed_bytes(case), case.device)
+        """Say why it cannot run this case here, memory included; None where it can."""
+        return self.unavailable(case) or no_room(self.needed_bytes(case), case.device)
 
 
-def terms(peer: Peer, case: Case) -> Case:
-    """The case as this peer can do it: the same sizes, a margin, target gradient and sampling that it has.
+def supported_case(peer: Peer, case: Case) -> Case:
+    """Return the case as this peer can do it: of the same sizes, with its own margin, gradient and sampling.
 
-    Truth is taken in these terms. Time and memory hardly depend on margin and target gradient, which concern
+    Truth is taken for that case. Time and memory hardly depend on margin and target gradient, which concern
     B numbers of a step; sampling is another mode, and a label says so.
     """
     return dataclasses.replace(
@@ -103,35 +97,35 @@ def terms(peer: Peer, case: Case) -> Case:
 
 
 def mode(peer: Peer, case: Case) -> str:
-    """The part of a label that says what is computed: the target gradient, or that there is no margin."""
-    return "no margin" if peer.margins == NO_MARGIN else terms(peer, case).target_gradient
+    """Return the part of a label that says what is computed: the target gradient, or "no margin"."""
+    return "no margin" if peer.margins == NO_MARGIN else supported_case(peer, case).target_gradient
 
 
-def memory_reason(needed_bytes: int, device: str) -> str | None:
-    """Why so much does not fit on the device; None where it does or cannot be told."""
+def no_room(needed_bytes: int, device: str) -> str | None:
+    """Say why so much does not fit on the device; None where it does or cannot be told."""
     free, usable = machine.available_bytes(device), USABLE[device]
     if free is None or needed_bytes <= usable * free:
         return None
     return (
-        f"{NEEDS} {needed_bytes / 1e9:.3g} GB, more than {usable:.0%} of the {free / 1e9:.3g} GB that "
+        f"needs about {needed_bytes / 1e9:.3g} GB, more than {usable:.0%} of the {free / 1e9:.3g} GB that "
         "are free"
     )
 
 
 def not_installed(module: str, package: str) -> str | None:
-    """Why a library cannot be used, as far as it shows without importing it."""
+    """Say why a library cannot be used, as far as it shows without importing it."""
     return None if importlib.util.find_spec(module) else f"{package} is not installed"
 
 
 def autocast(case: Case) -> AbstractContextManager[object]:
-    """What stands around a forward."""
+    """Return the context that stands around a forward."""
     if case.autocast is None:
         return contextlib.nullcontext()
     return torch.autocast(case.device, AUTOCASTS[case.autocast])
 
 
 def step_of(case: Case, forward: Callable[[], Tensor]) -> Step:
-    """Forward, under autocast if the case wants it, and backward, outside it, as users do."""
+    """Make a step of a forward, under autocast if the case wants it, and a backward outside it."""
 
     def step() -> Tensor:
         with torch.set_grad_enabled(case.backward), autocast(case):
@@ -144,5 +138,5 @@ def step_of(case: Case, forward: Callable[[], Tensor]) -> Step:
 
 
 def in_a_line(error: Exception) -> str:
-    """What was raised, as results keep it."""
+    """Shorten what was raised to the line that results keep."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:ERROR_LENGTH]

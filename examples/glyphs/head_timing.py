@@ -48,19 +48,17 @@ class HeadCost:
 
 def measure(size: Size) -> dict[str, HeadCost]:
     """Both heads by name: first the memory of each, then turns of timed steps."""
-    entries = memory.measure_all(list(KINDS.values()), size.case)
-    if failed := next((entry.error for entry in entries if entry.error), None):
-        raise RuntimeError(f"measuring a head's memory failed: {failed}")
+    held = {
+        kind: None if memory.unavailable() else memory.extra_bytes(name, size.case)
+        for kind, name in KINDS.items()
+    }
     inputs = size.case.inputs()
     steps = {kind: peers.get(name).step(inputs) for kind, name in KINDS.items()}
     for step in steps.values():
         for _ in range(WARM_UPS):
             run_step(step, inputs)
     seconds = time_run(steps, inputs, size.rounds)
-    return {
-        kind: HeadCost(median(seconds[kind]), tuple(seconds[kind]), entry.extra_bytes)
-        for kind, entry in zip(KINDS, entries, strict=True)
-    }
+    return {kind: HeadCost(median(seconds[kind]), tuple(seconds[kind]), held[kind]) for kind in KINDS}
 
 
 def as_fields(costs: dict[str, HeadCost]) -> dict[str, dict[str, object]]:

@@ -1,24 +1,21 @@
+"""The command line: options reach the records, bad input is one line, what fails has its exit code."""
+
 from __future__ import annotations
 
-import errno
-import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench import allocator, cuda, memory, peers, plans, plots
-from bench.__main__ import main as bench_main
-from bench.cases import TOY
-from bench.commands.options import OUT
-from bench.commands.single import TOY_NOTE, TOY_ROUNDS
-from bench.compare import load
-from bench.gate import GATE_CLASSES, GATE_ROWS
-from bench.peers.base import terms
-from bench.result import Result
-from bench.sweep import Plan
-from bench.sweep_result import Sweep
+from bench import __main__ as command
+from bench import machine, measure, memory, peers, plans, plots
+from bench.__main__ import OUT, TOY_NOTE
+from bench.gate import GATE_CLASSES
+from bench.plans import TOY
+from bench.records import BYTES, FAILED, SECONDS, SKIPPED, UNAVAILABLE, Run, load
+from bench.runner import Plan
 from tests.test_bench import strange_peers
 
 STRANGE = strange_peers.__name__
@@ -35,334 +32,243 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _main(*argv: str) -> int:
     """The exit code, whether it is returned or argparse's."""
     try:
-        return bench_main(argv)
+        return command.main(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+def _timed(run: Run) -> dict[str, list[int]]:
+    """The rounds of each run of each peer."""
+    found: dict[str, list[int]] = {}
+    for m in run.measurements:
+        if m.what == SECONDS and m.values:
+            found.setdefault(m.peer, []).append(len(m.values))
+    return found
+
+
+BOTH = [
+    (["--peers", "nobody"], "nobody"),
+    (["--peers", f"{STRANGE}:NOTHING"], "NOTHING"),
+    (["--peers", f"{STRANGE}:UNABLE"], "it is Sunday"),
+    (["--peers", "no.such.module:PEER"], "no.such.module"),
+    (["--peers", ".x:y"], "'.x:y' cannot be imported"),
+    (["--peers", f"{STRANGE_IMPORT}:PEER"], "cannot be imported: not today"),
+    (["--peers", "os:getcwd"], "expected 'os:getcwd' to be a bench.peers.base.Peer"),
+    (["--peers", f"ours@{2**63}"], "workspace-bytes: expected at most 2**63 - 1"),
+    (["--rows", "0"], "rows"),
+    (["--rows", "many"], "rows"),
+    (["--classes", "-3"], "classes"),
+    (["--classes", "1"], "classes: expected at least 2, got 1"),
+    (["--classes", str(10**13)], "does not fit"),
+    (["--features", "0"], "features"),
+    (["--margin", "none"], "margin"),
+    (["--target-gradient", "both"], "target-gradient"),
+    (["--rounds", "0"], "rounds"),
+    (["--json", "no/such/directory/x.jsonl"], "json: no/such/directory/x.jsonl cannot be written"),
+    (["--json", "."], "json: . cannot be written (Is a directory)"),
+    (["--unknown"], "unknown"),
+]
+SINGLE = [
+    (["--scale", "0"], "scale"),
+    (["--scale", "nan"], "scale"),
+    (["--runs", "0"], "runs"),
+    (["--workspace-bytes", "-1"], "workspace-bytes"),
+    (["--workspace-bytes", str(2**64)], "workspace-bytes: expected at most 2**63 - 1"),
+    (["--memory-classes", str(10**13)], "does not fit"),
+    (["--device", "tpu"], "device"),
+    (["--dtype", "int8"], "dtype"),
+    (["--autocast", "float32"], "autocast"),
+]
+SWEEP = [
+    (["--seconds", "nan"], "seconds"),
+    (["--seconds", "inf"], "seconds: expected a finite number of at least 1, got inf"),
+    (["--quick"], "not allowed with"),
+    (["--plots", "no/such/directory/x"], "plots: no/such/directory/x cannot be made a folder"),
+]
+BAD = [(["--toy", *a], n) for a, n in BOTH + SINGLE] + [(["sweep", "--toy", *a], n) for a, n in BOTH + SWEEP]
 
 
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--peers", "nobody"], "nobody"),
-        (["--peers", "ours@many"], "ours@many"),
-        (["--peers", "no.such.module:PEER"], "no.such.module"),
-        (["--peers", f"{STRANGE}:NOTHING"], "NOTHING"),
-        (["--peers", f"{STRANGE}:UNABLE"], "it is Sunday"),
-        (["--rows", "0"], "rows"),
-        (["--classes", "-3"], "classes"),
-        (["--features", "0"], "features"),
-        (["--rows", "many"], "rows"),
-        (["--scale", "0"], "scale"),
-        (["--scale", "nan"], "scale"),
-        (["--margin", "none"], "margin"),
-        (["--target-gradient", "both"], "target-gradient"),
-        (["--rounds", "0"], "rounds"),
-        (["--runs", "0"], "runs"),
-        (["--workspace-bytes", "-1"], "workspace-bytes"),
-        (["--memory-classes", "0"], "classes"),
-        (["--memory-classes", str(10**13)], "fit"),
-        (["--classes", str(10**13)], "fit"),
-        (["--device", "tpu"], "device"),
-        (["--dtype", "int8"], "dtype"),
-        (["--autocast", "float32"], "autocast"),
-        (["--json", "no/such/directory/x.json"], "no/such/directory"),
-        (["--json", "."], "json: expected a file, got the directory ."),
-        (["--peers", ".x:y"], "'.x:y' cannot be imported"),
-        (["--peers", f"{STRANGE_IMPORT}:PEER"], "cannot be imported: not today"),
-        (["--peers", f"ours@{2**63}"], "workspace-bytes: expected at most 2**63 - 1"),
-        (["--workspace-bytes", "99999999999999999999"], "workspace-bytes: expected at most 2**63 - 1"),
-        (["--peers", "os:getcwd"], "expected 'os:getcwd' to be a bench.peers.base.Peer"),
-        (["--unknown"], "unknown"),
+        *BAD,
+        (["sweeep"], "expected one of the commands sweep, gpu, compare, plots, readme, got 'sweeep'"),
+        (["--quick", "--runs", "2"], "arguments: --runs 2 (see python -m bench sweep --help)"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it_and_exit_code_2(
     argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _main("--toy", *argv) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("bench: ")
-    assert err.count("\n") == 1
-    assert named in err
-    assert not OUT.exists()
-
-
-def test_without_a_gpu_cuda_is_one_line_and_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cuda, "unavailable", lambda: "there is no GPU")
-    assert _main("--device", "cuda") == 2
-    assert capsys.readouterr().err == "bench: device: there is no GPU\n"
-
-
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["--peers", "nobody"], "nobody"),
-        (["--peers", f"{STRANGE}:UNABLE"], "it is Sunday"),
-        (["--classes", "0"], "classes"),
-        (["--rows", "many"], "rows"),
-        (["--features", "-1"], "features"),
-        (["--classes", str(10**13)], "fit"),
-        (["--rounds", "0"], "rounds"),
-        (["--seconds", "nan"], "seconds"),
-        (["--seconds", "inf"], "seconds: expected a finite number, got inf"),
-        (["--peers", ".x:y"], "'.x:y' cannot be imported"),
-        (["--peers", f"ours@{2**63}"], "workspace-bytes"),
-        (["--margin", "none"], "margin"),
-        (["--quick"], "not allowed with"),
-        (["--json", "no/such/directory/x.json"], "no/such/directory"),
-        (["--json", "."], "json: expected a file, got the directory ."),
-        (["--plots", "no/such/directory/x"], "no/such/directory"),
-        (["--plots", __file__], "plots: expected a directory, got the file"),
-        (["--unknown"], "unknown"),
-    ],
-)
-def test_bad_input_of_a_sweep_is_one_line_too(
-    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert _main("sweep", "--toy", *argv) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("bench: ")
-    assert err.count("\n") == 1
-    assert named in err
-    assert not OUT.exists()
-
-
-@pytest.mark.parametrize(
-    ("argv", "stem", "pictures"),
-    [
-        (["--toy", "--no-memory"], "bench-toy", []),
-        (
-            ["sweep", "--toy", "--classes", "500", "2000"],
-            "bench-sweep-toy",
-            ["classes-memory.png", "classes-seconds.png", "frontier.png", "speedups.png"],
-        ),
-    ],
-    ids=["single", "sweep"],
-)
-def test_a_run_that_is_not_told_where_leaves_its_files_in_out_and_says_so(
-    argv: list[str], stem: str, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert _main(*argv, "--rounds", "1", "--peers", "ours", "eager") == 0
-    files = [Path("out", f"{stem}.json"), *(Path("out", stem, name) for name in pictures)]
-    assert {path for path in Path("out").rglob("*") if path.is_file()} == set(files)
-    assert load(files[0]).command == " ".join(
-        ["python", "-m", "bench", *argv, "--rounds", "1", "--peers", "ours", "eager"]
-    )
-    said = capsys.readouterr().out
-    for path in files:
-        assert f"wrote {path}\n" in said
-
-
-def test_git_ignores_what_runs_leave() -> None:
-    assert f"{OUT}/" in (ROOT / ".gitignore").read_text().splitlines()
-
-
-@pytest.mark.parametrize(("argv", "option"), [(["--toy"], "json"), (["sweep", "--toy"], "plots")])
-def test_where_out_cannot_be_made_nothing_is_measured(
-    argv: list[str], option: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("out").write_text("")
     assert _main(*argv) == 2
-    assert capsys.readouterr() == ("", f"bench: {option}: expected a directory, got the file out\n")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("bench: ")
+    assert err.count("\n") == 1
+    assert named in err
+    assert not [path for path in OUT.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"), [(["--device", "cuda"], "device: there is no GPU"), (["gpu"], "there is no GPU")]
+)
+def test_without_a_gpu_it_is_one_line_and_exit_code_2(
+    argv: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "gpu_unavailable", lambda: "there is no GPU")
+    assert _main(*argv) == 2
+    assert capsys.readouterr().err == f"bench: {said}\n"
+
+
+def test_a_run_that_is_not_told_where_leaves_its_files_in_out_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "extra_bytes", lambda name, case: 10**6)
+    assert (
+        _main("sweep", "--toy", "--classes", "500", "2000", "--rounds", "1", "--peers", "ours", "eager") == 0
+    )
+    folder = OUT / "bench-sweep-toy"
+    files = {
+        OUT / "bench-sweep-toy.jsonl",
+        *(folder / f"{n}.png" for n in ("classes", "classes-forward")),
+    }
+    assert {path for path in OUT.rglob("*") if path.is_file()} == files
+    said = capsys.readouterr().out
+    assert all(f"wrote {path}\n" in said for path in files)
+
+
+def test_a_sweep_measures_what_its_options_say(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    argv = ["--rows", "4", "--margin", "arcface", "--target-gradient", "detached", "--rounds", "1"]
+    argv += ["--peers", "ours", "eager", "--json", str(path), "--plots", str(tmp_path / "plots")]
+    assert _main("sweep", "--toy", *argv) == 0
+    run = load(path)
+    assert run.complete
+    assert run.header.settings == {"seconds": plans.TOY_SWEEP.seconds}
+    assert {(c.rows, c.backward) for c in run.cases()} == {(4, True), (4, False), (16, True), (16, False)}
+    assert {(c.margin, c.target_gradient) for c in run.cases()} == {("arcface", "detached")}
+    assert {n for rounds in _timed(run).values() for n in rounds} == {1}
+    assert any(m.values for m in run.measurements if m.what == BYTES)
 
 
 def test_without_matplotlib_a_sweep_has_no_pictures_unless_they_were_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plots, "unavailable", lambda: "matplotlib is not installed")
-    monkeypatch.setattr("bench.commands.sweep._run", lambda plan, path, folder: 0 if folder is None else 3)
+    monkeypatch.setattr(command, "_measure", lambda *arguments: 0 if arguments[-1] is None else 3)
     assert _main("sweep", "--toy") == 0
     assert capsys.readouterr().err == "no pictures: matplotlib is not installed\n"
     assert _main("sweep", "--toy", "--plots", "pictures") == 2
     assert capsys.readouterr().err == "bench: plots: matplotlib is not installed\n"
 
 
-@pytest.mark.parametrize("argv", [["--quick", "--rounds", "1"], ["--rounds", "1", "--quick"]], ids=str)
-def test_quick_alone_is_the_quick_sweep(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Plan] = []
-    written: list[tuple[Path, Path | None]] = []
-
-    def noted(plan: Plan, path: Path, folder: Path | None) -> int:
-        asked.append(plan)
-        written.append((path, folder))
-        return 0
-
-    monkeypatch.setattr("bench.commands.sweep._run", noted)
-    assert _main(*argv) == 0
-    assert _main("sweep", *argv) == 0
-    assert asked[0] == asked[1]
-    assert written == [(Path("out/bench-sweep-quick.json"), Path("out/bench-sweep-quick"))] * 2
-    assert (asked[0].seconds, asked[0].rounds) == (plans.QUICK.seconds, 1)
-    assert {stop.case for stop in asked[0].stops} <= set(plans.QUICK.grid.cases())
+def test_quick_alone_is_the_quick_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(command, "_measure", lambda *arguments: asked.append(arguments) or 0)
+    for argv in (
+        ["--quick", "--rounds", "1"],
+        ["--rounds", "1", "--quick"],
+        ["sweep", "--quick", "--rounds", "1"],
+    ):
+        assert _main(*argv) == 0
+    plan: Plan = asked[0][0]
+    assert [a[0] for a in asked] == [plan] * 3
+    assert {a[2] for a in asked} == {"bench-sweep-quick"}
+    assert (plan.seconds, plan.rounds) == (plans.QUICK.seconds, 1)
 
 
-@pytest.mark.parametrize(
-    ("argv", "named"), [(["--toy"], "--toy: not allowed with"), (["--runs", "2"], "arguments: --runs 2")]
-)
-def test_what_quick_cannot_be_combined_with_is_one_line(
-    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert _main("--quick", *argv) == 2
-    err = capsys.readouterr().err
-    assert named in err
-    assert err.endswith("(see python -m bench sweep --help)\n")
-    assert err.count("\n") == 1
-
-
-def test_a_folder_that_takes_no_file_is_told_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refused(dir: Path) -> None:  # as /proc does, where modes let root write
-        raise FileNotFoundError(errno.ENOENT, "No such file", str(dir))
-
-    monkeypatch.setattr("bench.commands.options.tempfile.TemporaryFile", refused)
-    assert _main("sweep", "--toy", "--plots", str(tmp_path)) == 2
-    assert capsys.readouterr().err == f"bench: plots: {tmp_path} cannot be written to (No such file)\n"
-
-
-@pytest.mark.parametrize("argv", [[], ["sweep"]], ids=["single", "sweep"])
-def test_what_may_not_be_written_is_told_before_anything_is_measured(
-    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "result.json"
-    monkeypatch.setattr("bench.commands.options.os.access", lambda path, mode: False)
-    assert _main(*argv, "--toy", "--json", str(path)) == 2
-    assert capsys.readouterr().err == f"bench: json: {tmp_path} cannot be written\n"
-    path.write_text("")
-    assert _main(*argv, "--toy", "--json", str(path)) == 2
-    assert capsys.readouterr().err == f"bench: json: {path} cannot be written\n"
-
-
-def test_options_of_a_sweep_reach_its_result(tmp_path: Path) -> None:
-    path = tmp_path / "sweep.json"
-    argv = ["--rows", "4", "--margin", "arcface", "--target-gradient", "detached", "--rounds", "1"]
-    argv += ["--peers", "ours", "eager", "--json", str(path), "--plots", str(tmp_path / "plots")]
-    assert _main("sweep", "--toy", *argv) == 0
-    sweep = Sweep.from_data(json.loads(path.read_text()))
-    assert sweep.complete
-    assert [axis.varies for axis in sweep.axes] == ["rows"]
-    assert {point.case.rows for point in sweep.points} == {4, 16}
-    assert {point.case.backward for point in sweep.points} == {True, False}
-    assert {(p.case.margin, p.case.target_gradient) for p in sweep.points} == {("arcface", "detached")}
-    assert {len(point.seconds) for point in sweep.points} == {1}
-    assert all(point.extra_bytes is not None for point in sweep.points)
-    assert {"frontier.png", "speedups.png"} <= {p.name for p in (tmp_path / "plots").iterdir()}
-
-
-def test_a_sweep_with_a_wrong_peer_measures_the_others_and_exits_with_1(
+def test_the_gpu_command_writes_one_file_with_the_cards_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On the CPU in place of the card; everything else is what runs there."""
+    sweep = plans.Sweep(TOY, TOY, ("ours",), 2, 60, classes=(100, 200), rows=(4, 8), directions=(True,))
+    monkeypatch.setattr(plans, "GPU", sweep)
+    monkeypatch.setattr(machine, "gpu_unavailable", lambda: None)
+    monkeypatch.setattr(machine, "describe_gpu", lambda: {"card": "NVIDIA H100 80GB HBM3"})
     monkeypatch.setattr(memory, "unavailable", lambda device: "not here")
-    path, wrong = tmp_path / "sweep.json", f"{STRANGE}:SHIFTED"
-    argv = ["--classes", "500", "--forward-only", "--peers", "eager", wrong, "--json", str(path)]
-    assert _main("sweep", "--toy", *argv) == 1
-    sweep = Sweep.from_data(json.loads(path.read_text()))
-    assert {point.peer for point in sweep.points if point.seconds} == {"eager"}
-    assert {point.reason for point in sweep.points if point.peer == "eager"} == {"not here"}
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    assert _main("gpu", "--peers", "ours", "eager", "liger") == 0
+    (path,) = tmp_path.glob("*.jsonl")
+    assert path.name == "gpu-nvidia-h100-80gb-hbm3.jsonl"
+    run = load(path)
+    assert {(c.rows, c.classes) for c in run.cases()} == {(4, 100), (4, 200), (8, 100), (8, 200)}
+    assert {m.status for m in run.measurements if m.peer == "liger"} == {UNAVAILABLE}
 
 
-def test_a_wrong_peer_is_not_measured_and_the_exit_code_is_1(
+def test_the_gpu_sweep_has_centers_in_both_dtypes_and_leaves_time_for_tuning() -> None:
+    plan = plans.gpu_plan(plans.GPU)
+    cases = [shape.case for shape in plan.shapes]
+    assert len(cases) == len(set(cases)) == 12
+    assert {c.dtype for c in cases if c.rows == 1024} == {"float32", "bfloat16"}
+    assert plan.seconds + 120 <= 570
+    assert [c.flops for c in cases] == sorted(c.flops for c in cases)
+
+
+def test_a_wrong_peer_is_not_timed_and_the_exit_code_is_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong, path = f"{STRANGE}:SHIFTED", tmp_path / "result.json"
-    assert _main("--toy", "--peers", "ours", wrong, "--json", str(path)) == 1
-    result = Result.from_json(path.read_text())
-    assert {gate.peer: gate.passed for gate in result.gates} == {"ours": True, wrong: False}
-    assert set(result.runs[0]) == {"ours"}
-    assert {entry.peer for entry in result.memory} == {"ours"}
-    assert "FAILED" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["RAISING_AT_FIRST", "RAISING_WHEN_TIMED"])
-def test_a_peer_that_fails_after_the_gate_costs_nobody_else_a_number(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    failing, path = f"{STRANGE}:{name}", tmp_path / "result.json"
-    argv = ["--classes", str(GATE_CLASSES + 1), "--rows", "4", "--rounds", "2", "--runs", "2"]
-    argv += ["--peers", "eager", failing, "ours", "--no-memory", "--json", str(path)]
-    assert _main("--toy", *argv) == 1
-    result = Result.from_json(path.read_text())
-    assert all(gate.passed for gate in result.gates)
-    assert result.failed == {failing: "RuntimeError: out of order at this size"}
-    assert [{peer: len(seconds) for peer, seconds in run.items()} for run in result.runs] == [
-        {"eager": 2, "ours": 2}
-    ] * 2
+    wrong, later, path = f"{STRANGE}:SHIFTED", f"{STRANGE}:WRONG_LATER", tmp_path / "result.jsonl"
+    argv = ["--classes", str(GATE_CLASSES + 1), "--rows", "4", "--no-memory", "--json", str(path)]
+    assert _main("--toy", *argv, "--peers", "eager", wrong, later, "ours") == 1
+    run = load(path)
+    assert {gate.peer for gate in run.gates if not gate.passed} == {wrong}
+    assert set(_timed(run)) == {"eager", "ours"}
+    (lost,) = (m for m in run.measurements if m.status == FAILED)
+    assert (lost.peer, "its loss at this size is" in str(lost.why)) == (later, True)
     out = capsys.readouterr().out
-    assert "timing of tests.test_bench.strange_peers" in out
-    assert "FAILED: RuntimeError: out of order at this size" in out
+    assert "FAILED: its answer is wrong" in out
+    assert f"{later}: failed: " in out
 
 
-@pytest.mark.parametrize("name", ["RAISING_AT_FIRST", "RAISING_WHEN_TIMED"])
-def test_where_all_fail_after_the_gate_the_file_says_so(name: str, tmp_path: Path) -> None:
-    failing, path = f"{STRANGE}:{name}", tmp_path / "result.json"
-    argv = ["--classes", str(GATE_CLASSES + 1), "--rows", "4", "--no-memory", "--json", str(path)]
-    assert _main("--toy", *argv, "--peers", failing) == 1
-    result = Result.from_json(path.read_text())
-    assert (set(result.failed), result.runs) == ({failing}, ())
-
-
-def test_a_peer_with_another_loss_at_the_timed_size_is_not_timed(tmp_path: Path) -> None:
-    wrong, path = f"{STRANGE}:WRONG_LATER", tmp_path / "result.json"
-    argv = ["--classes", str(GATE_CLASSES + 1), "--rows", "4", "--no-memory", "--json", str(path)]
-    assert _main("--toy", *argv, "--peers", "ours", wrong, "eager") == 1
-    result = Result.from_json(path.read_text())
-    assert all(gate.passed for gate in result.gates)
-    assert "its loss at this size is" in result.failed.pop(wrong)
-    assert not result.failed
-    assert set(result.runs[0]) == {"ours", "eager"}
-
-
-def test_a_peers_chunk_is_that_of_the_timed_size(tmp_path: Path) -> None:
-    rows, path = GATE_ROWS + 36, tmp_path / "result.json"
-    argv = ["--rows", str(rows), "--rounds", "1", "--no-memory", "--json", str(path)]
-    assert _main("--toy", *argv, "--peers", "torch_linear_chunked") == 0
-    (gate,) = Result.from_json(path.read_text()).gates
-    assert f"chunks of {rows} rows" in gate.label
-
-
-def test_options_reach_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[None] = []  # not for real: it would hold for all tests of this process
-    monkeypatch.setattr(allocator, "keep_freed", lambda: told.append(None))
-    path = tmp_path / "result.json"
+def test_options_of_a_single_case_reach_its_records(tmp_path: Path) -> None:
+    path = tmp_path / "result.jsonl"
     argv = ["--rows", "4", "--classes", "30", "--features", "8", "--margin", "arcface", "--scale", "16"]
     argv += ["--target-gradient", "detached", "--rounds", "2", "--runs", "2", "--workspace-bytes", "64"]
-    argv += ["--peers", "ours", "eager", "--no-memory", "--spin", "--keep-memory", "--json", str(path)]
-    argv += ["--autocast", "bfloat16"]
+    argv += [
+        "--peers",
+        "ours",
+        "eager",
+        "--no-memory",
+        "--spin",
+        "--json",
+        str(path),
+        "--autocast",
+        "bfloat16",
+    ]
     assert _main("--toy", *argv) == 0
-    result = Result.from_json(path.read_text())
-    case = result.case
+    run = load(path)
+    (case,) = run.cases()
     assert (case.rows, case.classes, case.features) == (4, 30, 8)
     assert (case.device, case.dtype, case.autocast) == ("cpu", "float32", "bfloat16")
     assert (case.margin, case.scale, case.target_gradient) == ("arcface", 16, "detached")
-    assert [{peer: len(seconds) for peer, seconds in run.items()} for run in result.runs] == [
-        {"ours@64": 2, "eager": 2}
-    ] * 2
-    assert result.spin
-    assert result.keep_memory
-    assert told == [None]
-    assert result.memory == ()
+    assert _timed(run) == {"ours@64": [2, 2], "eager": [2, 2]}
+    assert run.header.settings == {"spin": True, "keep_memory": False}
+    assert {m.what for m in run.measurements} == {SECONDS}
+    assert run.header.command == " ".join(["python", "-m", "bench", "--toy", *argv])
+
+
+@pytest.mark.skipif(measure.cannot_keep_memory() is not None, reason=str(measure.cannot_keep_memory()))
+def test_keep_memory_starts_again_with_another_malloc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kept.jsonl"
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    argv = ["--toy", "--keep-memory", "--no-memory", "--peers", "ours", "--json", str(path)]
+    assert _main(*argv) == 0
+    assert load(path).header.settings["keep_memory"]
+    assert not measure.keeps_memory()
 
 
 def test_the_toy_command_runs_to_its_end(tmp_path: Path) -> None:
-    path = tmp_path / "toy.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "--toy", "--json", str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    path = tmp_path / "toy.jsonl"
+    argv = [sys.executable, "-m", "bench", "--toy", "--json", str(path)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    result = Result.from_json(path.read_text())
-    assert result.case == TOY
-    here = [name for name, peer in peers.PEERS.items() if peer.why_not(terms(peer, TOY)) is None]
+    run = load(path)
+    here = [n for n, p in peers.PEERS.items() if p.why_not(peers.supported_case(p, TOY)) is None]
     assert {"ours", "eager", "compiled", "torch_linear"} <= set(here)
-    assert [gate.peer for gate in result.gates] == here
-    assert set(result.skipped) == set(peers.PEERS) - set(here)
-    assert {len(seconds) for seconds in result.runs[0].values()} == {TOY_ROUNDS}
-    assert "Peak extra memory" in done.stdout
+    assert _timed(run) == {name: [3] for name in here}
+    assert {gate.peer for gate in run.gates} == {*here, "ours@0"}
+    held = run.at(TOY, BYTES)
+    assert held["ours@0"].values or held["ours@0"].status == SKIPPED
+    assert "extra MB" in done.stdout
     assert done.stdout.splitlines()[-1] == TOY_NOTE
-    assert "mean nothing" in TOY_NOTE

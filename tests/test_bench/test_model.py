@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from bench import model
 from bench.__main__ import main
 from bench.cases import Case
+from bench.records import BYTES, ROOFLINE, load
 from expface_kernels.workshop import costs
 
 H100 = costs.GPUS["h100"]
@@ -43,25 +43,30 @@ def test_the_eager_head_makes_three_products_and_holds_its_logits(
     assert eager.moved > 10 * logits
 
 
-def test_the_command_prints_both(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--rows", "256", "--classes", "100000", "--features", "128"]
-    assert main(["--model", "b200", *sizes, "--workspace-bytes", "0"]) == 0
-    out = capsys.readouterr().out
-    assert "together, on b200" in out
-    assert "eager head, on b200" in out
-    assert "bfloat16, workspace 0" in out
-
-
 def test_its_json_holds_what_it_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.json"
     argv = ["--model", "h100", "--rows", "256", "--classes", "100000", "--features", "128"]
     assert main([*argv, "--json", str(path)]) == 0
     out = capsys.readouterr().out
-    data = json.loads(path.read_text())
-    assert (data["kind"], data["schema"], data["gpu"]) == (model.KIND, model.SCHEMA, "h100")
-    assert data["case"]["dtype"] == "bfloat16"
-    assert f"{data['eager']['milliseconds']:.3f}" in out
-    assert f"peak extra memory {data['ours']['extra_bytes'] / 1e6:.0f} MB" in out
+    run = load(path)
+    assert run.header.settings["gpu"] == "h100"
+    (case,) = run.cases(ROOFLINE)
+    assert case.dtype == "bfloat16"
+    roofline, held = run.at(case, ROOFLINE)["eager"], run.at(case, BYTES)[f"ours@{256 * 2**20}"]
+    assert f"{1e3 * roofline.values[0]:.3f}" in out
+    assert f"peak extra memory {held.values[0] / 1e6:.0f} MB" in out
+
+
+@pytest.mark.parametrize(
+    ("card", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce", None)],
+)
+def test_the_roofline_of_a_card_is_no_less_than_its_products_take(card: str, name: str | None) -> None:
+    case = Case(256, 100_000, 512, device="cuda", autocast="bfloat16")
+    seconds = model.seconds(case, 0, card)
+    assert (seconds is None) == (name is None)
+    if name is not None and seconds is not None:  # four products of 2·B·C·D at 16 bit
+        assert seconds >= 8 * case.rows * case.classes * case.features / (costs.GPUS[name].half * 1e12)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from bench import partial_fc
 from bench.memory import unavailable
+from bench.records import BYTES, SECONDS, load
 from expface_kernels.distributed.sampling import Sampler
 
 
@@ -23,27 +23,22 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_measures_both_and_says_how_far_from_what_is_wanted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "out" / "partial-fc.json"
     assert partial_fc.main(["--toy", "--rounds", "3"]) == 0
-    found = json.loads(file.read_text())
-    for name, wanted in (("draw", 0.05), ("step", 0.16), ("step with SGD", 0.16)):
-        assert found[name]["wanted"] == wanted
-        first, second = found[name]["seconds"].values()
-        assert len(first) == len(second) == 3
-        assert min(*first, *second) > 0
-        assert found[name]["ratio"] == pytest.approx(sorted(first)[1] / sorted(second)[1])
-    without, with_sgd = found["step"]["seconds"], found["step with SGD"]["seconds"]
-    assert all(a < b for name in without for a, b in zip(without[name], with_sgd[name], strict=True))
-    assert list(found["draw_bytes"]) == ["100000", "1000000"]
+    run = load(tmp_path / "out" / "partial-fc.jsonl")
+    assert run.complete
+    seconds = {m.peer: m.values for m in run.measurements if m.what == SECONDS}
+    assert {len(values) for values in seconds.values()} == {3}
+    shares = partial_fc.ratios(run)
+    for name, (against, _) in partial_fc.COMPARED.items():
+        assert shares[name] == pytest.approx(sorted(seconds[name])[1] / sorted(seconds[against])[1])
+    for first, second in ((partial_fc.STEP, partial_fc.STEP_SGD), (partial_fc.ALL, partial_fc.ALL_SGD)):
+        assert all(a < b for a, b in zip(seconds[first], seconds[second], strict=True))
     if unavailable() is None:
-        assert all(peak >= 0 for peak in found["draw_bytes"].values())
+        drawn = [m for m in run.measurements if m.what == BYTES]
+        assert [m.case.classes for m in drawn] == [100_000, 1_000_000]
+        assert all(m.values[0] >= 0 for m in drawn)
     out = capsys.readouterr().out
-    for text in (
-        "Drawing S=1,000 of C=100,000",
-        "wanted: under 0.16",
-        "peak memory",
-        "wrote out/partial-fc.json",
-    ):
+    for text in ("C=100,000", "wanted: under 0.16", "wrote out/partial-fc.jsonl"):
         assert text in out
 
 
@@ -84,13 +79,3 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert err.startswith("bench.partial_fc: ")
     assert named in err
     assert err.count("\n") == 1
-
-
-def test_a_file_that_may_not_be_written_is_told_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("bench.commands.options.os.access", lambda path, mode: False)
-    with pytest.raises(SystemExit) as stop:
-        partial_fc.main(["--toy", "--json", str(tmp_path / "x.json")])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"bench.partial_fc: --json: {tmp_path} cannot be written\n"

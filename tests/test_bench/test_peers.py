@@ -16,13 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import cuda, peers
+from bench import machine, peers
 from bench.cases import DEVICES, Case
 from bench.gate import check_all
-from bench.peers import base, liger
-from bench.peers.base import NO_MARGIN, autocast, terms
-from bench.peers.metric_learning import MetricLearning
-from expface_kernels.margin_spec import MARGINS
+from bench.peers import libraries, supported_case
+from bench.peers.libraries import MetricLearning
 from expface_kernels.margins import TARGET_GRADIENTS
 
 CASE = Case(rows=16, classes=100, features=32)
@@ -33,33 +31,18 @@ SAMPLING = ("ours_sampled", "partial_fc")
 GPU_PEERS = {"cce": "cut-cross-entropy", "cce_exact": "cut-cross-entropy", "liger": "liger-kernel"}
 
 
-@pytest.mark.parametrize("name", [*peers.names(), "ours@0"])
-def test_every_peer_declares_what_it_can_do_and_says_so(name: str) -> None:
-    peer = peers.get(name)
-    assert peer.name == name
-    assert set(peer.devices) <= {"cpu", "cuda"}
-    assert set(peer.margins) <= set(MARGINS)
-    assert set(peer.gradients) <= set(TARGET_GRADIENTS)
-    for gradient in TARGET_GRADIENTS:
-        label = peer.label(dataclasses.replace(CASE, target_gradient=gradient))
-        if peer.margins == NO_MARGIN:
-            assert "no margin" in label
-        else:
-            assert (gradient if gradient in peer.gradients else peer.gradients[0]) in label
-
-
-def test_terms_keep_what_a_peer_can_do_and_change_the_rest() -> None:
+def test_supported_cases_keep_what_a_peer_can_do_and_change_the_rest() -> None:
     case = dataclasses.replace(CASE, margin="arcface", target_gradient="detached")
-    assert terms(peers.get("eager"), case) == case
-    own = terms(peers.get("pml_arcface"), case)
+    assert supported_case(peers.get("eager"), case) == case
+    own = supported_case(peers.get("pml_arcface"), case)
     assert (own.margin, own.target_gradient) == ("arcface", "exact")
-    assert terms(peers.get("pml_cosface"), case).margin == "cosface"
-    assert terms(peers.get("torch_linear"), case) == dataclasses.replace(case, margin="normface")
+    assert supported_case(peers.get("pml_cosface"), case).margin == "cosface"
+    assert supported_case(peers.get("torch_linear"), case) == dataclasses.replace(case, margin="normface")
 
 
 @pytest.mark.parametrize("margin", ["expface", "normface"])
 @pytest.mark.parametrize("target_gradient", TARGET_GRADIENTS)
-def test_libraries_agree_with_truth_in_their_own_terms(margin: str, target_gradient: str) -> None:
+def test_libraries_agree_with_truth_as_they_support_it(margin: str, target_gradient: str) -> None:
     case = dataclasses.replace(CASE, margin=margin, target_gradient=target_gradient)
     able = [name for name in LIBRARIES if peers.get(name).why_not(case) is None]
     assert "torch_linear" in able
@@ -75,7 +58,7 @@ def test_a_forward_alone_makes_no_gradient_and_its_loss_is_right(name: str) -> N
     assert gate.passed, gate
     assert len(gate.errors) == 1
     inputs = case.inputs()
-    loss = peers.get(name).step(inputs.of(terms(peers.get(name), case)))()
+    loss = peers.get(name).step(inputs.of(supported_case(peers.get(name), case)))()
     assert not loss.requires_grad
     assert inputs.x.grad is None
     assert inputs.w.grad is None
@@ -89,7 +72,7 @@ def test_sampling_peers_agree_with_the_truth_of_the_sample(name: str, target_gra
     assert gate.passed, gate
     assert "10%" in gate.label
     assert peers.baseline(name) == "partial_fc"
-    own = terms(peers.get(name), case)
+    own = supported_case(peers.get(name), case)
     assert own.taking_part == 40
     inputs = case.inputs()
     subset = inputs.of(own).subset()
@@ -111,21 +94,6 @@ def test_a_sample_holds_the_labels_is_sorted_and_the_same_again() -> None:
     assert torch.isin(first.labels, subset).all()
     assert dataclasses.replace(case, sample_rate=0.01).taking_part == 30
     assert CASE.inputs().subset() is None
-
-
-def test_eager_holds_under_autocast_because_its_logits_are_float32() -> None:
-    eager, ours = check_all(["eager", "ours"], HALF)
-    assert eager.passed, eager
-    assert ours.limit == 1e-2
-    assert 1e-3 < max(eager.errors[1:]) <= ours.limit  # the product was in 16 bit
-    assert ours.passed
-
-
-def test_the_margin_of_a_library_is_that_of_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = peers.get("pml_arcface")
-    monkeypatch.setattr(peer, "margins", ("cosface",))
-    (gate,) = check_all(["pml_arcface"], CASE)
-    assert not gate.passed
 
 
 def test_a_library_that_owns_its_centres_keeps_no_gradient_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,43 +125,16 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         assert peers.get(name).why_not(HALF) == "it runs on a GPU only"
 
 
-def test_an_older_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(F, "linear_cross_entropy")
-    assert "2.13" in str(peers.get("torch_linear").why_not(CASE))
-
-
-def test_every_peer_that_runs_here_says_what_it_would_need() -> None:
-    for name in [*peers.PEERS, "ours@0"]:
-        if peers.get(name).why_not(CASE) is None:
-            assert "GB" in str(peers.get(name).why_not(HUGE))
-
-
 def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "available_bytes", lambda: 10 * 10**9)
-    monkeypatch.setattr("expface_kernels.machine.proc_bytes", lambda path, field: 10**15)
+    monkeypatch.setattr(machine, "gpu_unavailable", lambda: None)
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 10**10 if device == "cuda" else 10**15)
     eager = peers.get("eager")
     case = Case(1024, 1_000_000, 512, device="cuda", autocast="bfloat16")
     assert "of the 10 GB" in str(eager.why_not(case))
     assert eager.why_not(dataclasses.replace(case, classes=100_000)) is None
     assert eager.why_not(dataclasses.replace(case, device="cpu")) is None
-    monkeypatch.setattr(cuda, "unavailable", lambda: "there is no GPU")
+    monkeypatch.setattr(machine, "gpu_unavailable", lambda: "there is no GPU")
     assert eager.why_not(case) == "there is no GPU"
-
-
-def test_autocast_stands_around_the_forward_alone() -> None:
-    seen = []
-
-    def forward() -> Tensor:
-        seen.append(torch.is_autocast_enabled("cpu"))
-        leaf = torch.ones((), requires_grad=True)
-        leaf.register_hook(lambda g: seen.append(torch.is_autocast_enabled("cpu")))
-        return leaf * 2
-
-    base.step_of(HALF, forward)()
-    assert seen == [True, False]
-    with autocast(CASE):
-        assert not torch.is_autocast_enabled("cpu")
 
 
 def _module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
@@ -217,7 +158,7 @@ def _loss(rows: Tensor, centres: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["cce", "cce_exact"])
-def test_cut_cross_entropy_is_fed_normalised_16_bit_operands(
+def test_cut_cross_entropy_is_fed_normalized_16_bit_operands(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -280,23 +221,10 @@ class NewLiger(OldLiger):
 def test_liger_is_called_by_the_names_that_its_release_has(
     function: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _module(monkeypatch, liger.MODULE, **{liger.FUNCTION: function})
+    _module(monkeypatch, libraries.LIGER_MODULE, **{libraries.LIGER_FUNCTION: function})
     _everywhere(monkeypatch, "liger")
     assert peers.get("liger").why_not(HALF) is None
     (gate,) = check_all(["liger"], HALF)
     assert gate.passed, gate
     if function is NewLiger:
-        assert NewLiger.factor == liger.budget_factor(HALF) > 1
-
-
-@pytest.mark.parametrize(
-    ("rows", "classes", "factor", "chunk"),
-    [
-        (1024, 1_000_000, 1, 1),  # 1954 parts
-        (4096, 100_000, 1, 32),  # 196 parts of 20.9 rows
-        (1024, 1_000_000, 512, 256),  # 4 parts
-        (16, 100, 1, 16),
-    ],
-)
-def test_rows_of_a_chunk_follow_ligers_rule(rows: int, classes: int, factor: int, chunk: int) -> None:
-    assert liger.chunk_rows(Case(rows, classes, 512), factor) == chunk
+        assert NewLiger.factor == libraries.budget_factor(HALF) > 1
