@@ -63,6 +63,7 @@ test-triton36: $(VENV)/.installed  ## the same with the oldest Triton we promise
 	$(VENV36)/bin/python -m pip install -q -c constraints.txt torch setuptools pybind11 pytest pytest-xdist
 	$(VENV36)/bin/python -m pip install -q 'triton==3.6.*' 'numpy<2.4'
 	TRITON_INTERPRET=1 $(VENV36)/bin/python -m pytest -n 2 --disable-warnings $(TRITON_TESTS)
+	$(VENV36)/bin/python -m pytest -n 2 tests/test_workshop/test_ring.py tests/test_workshop/test_audit.py
 	$(VENV36)/bin/python -m expface_kernels.workshop.audit
 
 audit: $(VENV)/.installed  ## compile the GPU kernels without a GPU: races, spills, registers, loads (under 4 minutes)

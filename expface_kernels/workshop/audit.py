@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from expface_kernels.backends.triton import interpreted, tuning
-from expface_kernels.workshop import machine_code, ring
+from expface_kernels.workshop import machine_code, ring, ttgir
 from expface_kernels.workshop.machine_code import LIMITS
 from expface_kernels.workshop.recording import Case, launches
 
@@ -74,13 +74,14 @@ class Finding:
     features: int
     case: str
     kernel: str
+    """Its name, and a number from its second specialization in a case on."""
     registers: int
     shared: int
     """bytes"""
     blocks: int
     """Blocks that run on a multiprocessor at a time."""
     pendings: int
-    """Asynchronous products that may still run while the loop goes on; 0 where there are none."""
+    """Asynchronous products that may still run while the loop goes on; 0 where there are none, or no loop."""
     narrow_loads: int
     spills_before: int
     spills_inside: int
@@ -100,7 +101,7 @@ class Finding:
             found.append(f"{self.spills_inside} spills among its matrix instructions")
         if self.shared > limits.block_shared:
             found.append(f"{self.shared} bytes of shared memory, at most {limits.block_shared}")
-        product = self.kernel in MATRIX_KERNELS and not _in_float32(self.case)
+        product = self.kernel.split()[0] in MATRIX_KERNELS and not _in_float32(self.case)
         if product and not self.matrix.startswith(limits.matrix):
             found.append(f"{self.matrix or 'no matrix instruction'}, not {limits.matrix}")
         return [f"{self.where}: {text}" for text in found]
@@ -121,12 +122,11 @@ def _in_float32(case: str) -> bool:
     return CASES[case].get("w_dtype") == F32 and "product_dtype" not in CASES[case]
 
 
-def compiled(kernel: Any, arguments: dict[str, Any], arch: str) -> Any:
-    """Compile the kernel for `arch` as a launch with these arguments would specialize it."""
-    from triton import compile as compile_source
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+Specialization = tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]
 
+
+def specialized(kernel: Any, arguments: dict[str, Any]) -> Specialization:
+    """Return types, constants and attributes of a kernel as a launch with these arguments would have them."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -145,24 +145,36 @@ def compiled(kernel: Any, arguments: dict[str, Any], arch: str) -> Any:
             divisible = value % 16 == 0
         if divisible:
             attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], arch: str) -> Any:
+    """Compile the kernel for `arch` as a launch with these arguments would specialize it."""
+    from triton import compile as compile_source
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
     options = {name: arguments[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    return compile_source(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    return compile_source(ASTSource(kernel, *specialized(kernel, arguments)), target=target, options=options)
 
 
 def audit_case(arch: str, features: int, name: str) -> list[Finding]:
     """Audit the kernels of one case, each specialization once; those over rows at THOROUGH_FEATURES only."""
-    findings: dict[str, Finding] = {}
+    findings: list[Finding] = []
+    forms: dict[str, list[str]] = {}
     for kernel, _, arguments in launches(Case(1024, 100_000, features, **CASES[name]), arch):
-        known = kernel.__name__ in findings
-        if known or (features != THOROUGH_FEATURES and kernel.__name__ not in MATRIX_KERNELS):
+        form, known = repr(specialized(kernel, arguments)), forms.setdefault(kernel.__name__, [])
+        if form in known or (features != THOROUGH_FEATURES and kernel.__name__ not in MATRIX_KERNELS):
             continue
+        known.append(form)
+        label = kernel.__name__ if len(known) == 1 else f"{kernel.__name__} {len(known)}"
         result = compiled(kernel, arguments, arch)
-        identity = (arch, triton_version(), features, name, kernel.__name__)
-        findings[kernel.__name__] = Finding(*identity, **_inspected(result, arch, arguments["num_warps"]))
-        label = "-".join(str(part).replace(", ", "_").replace(" ", "_") for part in identity)
-        _write(_folder() / f"{label}.ttgir", result.asm["ttgir"])
-    return list(findings.values())
+        identity = (arch, triton_version(), features, name, label)
+        findings.append(Finding(*identity, **_inspected(result, arch, arguments["num_warps"])))
+        file = "-".join(str(part).replace(", ", "_").replace(" ", "_") for part in identity)
+        _write(_folder() / f"{file}.ttgir", result.asm["ttgir"])
+    return findings
 
 
 def _inspected(result: Any, arch: str, warps: int) -> dict[str, Any]:
@@ -191,7 +203,7 @@ def _folder() -> Path:
 
 def _source() -> str:
     """Return a hash of the code that inspects, which makes older files useless."""
-    modules = (Path(m) for m in (__file__, machine_code.__file__, ring.__file__) if m)
+    modules = (Path(m) for m in (__file__, machine_code.__file__, ring.__file__, ttgir.__file__) if m)
     return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()[:16]
 
 
@@ -230,7 +242,11 @@ def against_golden(findings: list[Finding], golden: list[dict[str, Any]]) -> tup
     """Compare with the golden lines; return what got worse, and which versions have no lines yet."""
     lines = {tuple(line[name] for name in KEY): line for line in golden}
     known = {line["triton"] for line in golden}
-    worse: list[str] = []
+    seen, groups = {finding.key() for finding in findings}, {finding.key()[:-1] for finding in findings}
+    gone = [key for key in lines if key[:-1] in groups and key not in seen]
+    worse = [f"{key}: the golden file has a line for it, but it was not compiled" for key in gone]
+    if not golden:
+        worse.append("there are no golden figures: make audit-golden")
     for finding in findings:
         line = lines.get(finding.key())
         if line is not None:
@@ -246,9 +262,9 @@ def read_golden(path: Path = GOLDEN) -> list[dict[str, Any]]:
 
 
 def write_golden(findings: list[Finding], path: Path = GOLDEN) -> None:
-    """Replace the lines of these findings' versions and architectures; keep all others."""
-    replaced = {(f.arch, f.triton) for f in findings}
-    lines = [line for line in read_golden(path) if (line["arch"], line["triton"]) not in replaced]
+    """Replace the lines of what was audited; keep all others."""
+    replaced = {finding.key()[:-1] for finding in findings}
+    lines = [line for line in read_golden(path) if tuple(line[name] for name in KEY[:-1]) not in replaced]
     names = (*KEY, *LOWER_IS_WORSE, *HIGHER_IS_WORSE)
     lines += [{name: getattr(finding, name) for name in names} for finding in findings]
     lines.sort(key=lambda line: [str(line[name]) for name in KEY])
@@ -268,8 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     if interpreted():
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
     unreadable = UNREADABLE.get(triton_version(), ())
+    for arch in unreadable:
+        print(f"{arch} is left out: Triton {triton_version()} cannot disassemble it", file=sys.stderr)
     known = LIMITS if options.all else ARCHITECTURES
-    architectures = options.arch or [arch for arch in known if arch not in unreadable]
+    architectures = [arch for arch in options.arch or known if arch not in unreadable]
     wanted = tasks(architectures, options.features, options.case, options.every_case)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         findings = [f for several in pool.map(audit_case, *zip(*wanted, strict=True)) for f in several]
@@ -280,8 +298,10 @@ def main(argv: list[str] | None = None) -> int:
     elif not options.every_case:
         worse, new = against_golden(findings, read_golden())
         complaints += worse
-        print("\n".join(new), file=sys.stderr)
-    print("\n".join(complaints), file=sys.stderr)
+        for text in new:
+            print(text, file=sys.stderr)
+    for text in complaints:
+        print(text, file=sys.stderr)
     return 1 if complaints else 0
 
 

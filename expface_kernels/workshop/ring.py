@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from expface_kernels.workshop.ttgir import Operation, parse
+
 ITERATIONS = 40
-"""Of an innermost loop: more than the common period of its rings and of the phases of its barriers."""
+"""Of a loop with products: more than the common period of its rings and of the phases of its barriers."""
 OUTER_ITERATIONS = 3
 
-_NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
-_RESULTS = re.compile(r"(%[\w$.-]+)(?::(\d+))? = ")
-_LOCATION = re.compile(r"\s+loc\((?:[^()]|\([^()]*\))*\)$")
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "addi": operator.add, "subi": operator.sub, "muli": operator.mul, "xori": operator.xor,
     "andi": operator.and_, "ori": operator.or_, "minsi": min, "maxsi": max, "minui": min, "maxui": max,
@@ -38,9 +37,10 @@ _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
 _VIEWS = ("memdesc_trans", "memdesc_subslice", "memdesc_reshape", "memdesc_reinterpret")
 _WRITES = ("async_copy_global_to_local", "async_tma_copy_global_to_local", "async_tma_gather", "local_store")
 _PRODUCTS = ("warp_group_dot", "tc_gen5_mma", "tc_gen5_mma_scaled")
-# They neither write a tile nor end a product.
+_WAITS = ("warp_group_dot_wait", "wait_barrier", "tc_gen5_commit", "arrive_barrier", "init_barrier")
+# They neither write a tile in shared memory nor end a product.
 _HARMLESS = {
-    "local_load", "local_dealloc", "inval_barrier", "barrier_expect", "fence_async_shared",
+    "local_load", "inval_barrier", "barrier_expect", "fence_async_shared",
     "async_tma_copy_local_to_global", "async_tma_store_wait", "tmem_alloc", "tmem_load", "tmem_store",
 }  # fmt: skip
 
@@ -49,13 +49,13 @@ class Buffer(NamedTuple):
     """A place in shared memory: an allocation, and the position in its ring, if it is one."""
 
     allocation: str
-    position: int | None
-    """None: all of it."""
+    position: tuple[int, ...] = ()
+    """Empty: all of it; an index of an index has two numbers."""
     barrier: bool = False
 
     def overlaps(self, other: Buffer) -> bool:
-        whole = self.position is None or other.position is None
-        return self.allocation == other.allocation and (whole or self.position == other.position)
+        common = min(len(self.position), len(other.position))
+        return self.allocation == other.allocation and self.position[:common] == other.position[:common]
 
 
 class _Unknown:
@@ -66,31 +66,8 @@ UNKNOWN = _Unknown()
 Value = int | Buffer | _Unknown | None  # None: data, or an integer that could not be worked out
 
 
-@dataclass
-class Operation:
-    """A line of TTGIR, and the lines inside its braces."""
-
-    line: int
-    results: list[str]
-    name: str
-    """Without its dialect."""
-    operands: str
-    """Everything after the name."""
-    regions: list[list[Operation]] = field(default_factory=list)
-
-    def names(self) -> list[str]:
-        """Names of the operands, without those in the types."""
-        return _NAME.findall(self.operands.split(" : ")[0])
-
-    def inside(self) -> Iterator[Operation]:
-        for region in self.regions:
-            for operation in region:
-                yield operation
-                yield from operation.inside()
-
-
 class Loop(NamedTuple):
-    """An innermost loop with asynchronous products."""
+    """A loop with asynchronous products and no further such loop inside."""
 
     line: int
     in_flight: int
@@ -114,7 +91,7 @@ class _Product:
 
 def check(ttgir: str) -> Report:
     """Return the loops of a kernel with asynchronous products, and every race and doubt in it."""
-    operations = _parsed(ttgir)
+    operations = parse(ttgir)
     everything = [inner for outer in operations for inner in (outer, *outer.inside())]
     products = [op for op in everything if _asynchronous(op)]
     if not products:
@@ -126,8 +103,16 @@ def check(ttgir: str) -> Report:
     run = _Run()
     for function in operations:
         run.block([function] if function.name != "func" else function.regions[0])
+    unseen = [op for op in products if op.line not in run.seen]
+    run.problems += [f"not understood: line {op.line}: {op.name} was never reached" for op in unseen]
     loops = [Loop(line, in_flight) for line, in_flight in sorted(run.loops.items())]
     return Report(loops, list(dict.fromkeys(run.problems)))
+
+
+def _matters(op: Operation) -> bool:
+    """Tell whether leaving the operation out could hide a race or invent one."""
+    makes = op.name == "local_alloc" and op.operands.startswith("%")
+    return makes or op.name in (*_WRITES, *_PRODUCTS, *_WAITS, "for")
 
 
 def _asynchronous(op: Operation) -> bool:
@@ -144,9 +129,11 @@ class _Run:
         self.in_flight: list[_Product] = []
         self.issued = 0
         # Of each barrier: the products that had been started at each arrival; arrivals known to be complete.
-        self.arrivals: dict[tuple[str, int | None], list[int]] = {}
-        self.passed: dict[tuple[str, int | None], int] = {}
+        self.arrivals: dict[Buffer, list[int]] = {}
+        self.passed: dict[Buffer, int] = {}
         self.loops: dict[int, int] = {}
+        self.seen: set[int] = set()  # lines of products
+        self.freed: set[str] = set()  # allocations
         self.problems: list[str] = []
 
     def block(self, operations: list[Operation]) -> list[Value]:
@@ -169,10 +156,14 @@ class _Run:
         elif op.name in _WRITES:
             results = self._write(op, arguments)
         else:
+            results = []
             touched = [v for v in arguments if isinstance(v, Buffer | _Unknown)]
             if touched and self.in_flight and op.name not in _HARMLESS:
                 self._doubt(op, "an operation on a buffer while products are in flight")
-            results = []
+            if any(_matters(inner) for inner in op.inside()):
+                self._doubt(op, "copies, products or waits inside an unknown operation")
+            if op.name in ("br", "cond_br", "switch") and self.in_flight:
+                self._doubt(op, "a branch while products are in flight")
         missing: Value = UNKNOWN if "#smem" in op.operands.rpartition("->")[2] else None
         for i, name in enumerate(op.results):
             self.values[name] = results[i] if i < len(results) else missing
@@ -190,12 +181,17 @@ class _Run:
 
     def _select(self, op: Operation, arguments: list[Value]) -> list[Value]:
         condition, yes, no = arguments
-        return [(yes if condition else no) if isinstance(condition, int) else yes if yes == no else None]
+        if isinstance(condition, int):
+            return [yes if condition else no]
+        buffers = isinstance(yes, Buffer | _Unknown) or isinstance(no, Buffer | _Unknown)
+        return [yes if yes == no else UNKNOWN if buffers else None]
 
     def _local_alloc(self, op: Operation, arguments: list[Value]) -> list[Value]:
-        made = Buffer(op.results[0], None, "xi64" in op.operands)
+        made = Buffer(op.results[0], (), "xi64" in op.operands)
         if arguments:  # made of a value, which is a write
             self._check(op, made)
+            if any(read.allocation in self.freed for product in self.in_flight for read in product.reads):
+                self._doubt(op, "it may get the memory of a freed buffer that a product still reads")
         return [made]
 
     def _memdesc_index(self, op: Operation, arguments: list[Value]) -> list[Value]:
@@ -203,7 +199,7 @@ class _Run:
             return [None]
         ring, position = arguments
         if isinstance(ring, Buffer) and isinstance(position, int):
-            return [ring._replace(position=position)]
+            return [ring._replace(position=(*ring.position, position))]
         return [UNKNOWN]
 
     def _write(self, op: Operation, arguments: list[Value]) -> list[Value]:
@@ -223,18 +219,21 @@ class _Run:
                 self._doubt(op, "its place could not be worked out")
             return
         if any(place.overlaps(read) for product in self.in_flight for read in product.reads):
-            where = place.allocation if place.position is None else f"{place.allocation}[{place.position}]"
+            where = place.allocation + "".join(f"[{i}]" for i in place.position)
             self.problems.append(f"race: line {op.line}: {op.name} into {where}, which a product still reads")
 
-    def _start(self, op: Operation, operands: list[Value]) -> None:
-        if any(isinstance(v, _Unknown) for v in operands):
+    def _start(self, op: Operation, arguments: list[Value]) -> None:
+        """Put a product in flight, which reads all the buffers among its arguments but barriers."""
+        reads = [v for v in arguments if isinstance(v, Buffer) and not v.barrier]
+        typed = op.operands.rpartition(" : ")[2].split("->")[0]
+        if sum("#smem" in t and "xi64" not in t for t in re.findall(r"memdesc<[^>]*>", typed)) != len(reads):
             self._doubt(op, "an operand could not be worked out")
         self.issued += 1
-        reads = [v for v in operands if isinstance(v, Buffer)]
+        self.seen.add(op.line)
         self.in_flight.append(_Product(self.issued, reads, op.name))
 
     def _warp_group_dot(self, op: Operation, arguments: list[Value]) -> list[Value]:
-        self._start(op, arguments[:2])
+        self._start(op, arguments)
         if not _asynchronous(op):
             self.in_flight.clear()
         return []
@@ -250,11 +249,11 @@ class _Run:
     def _tc_gen5_mma(self, op: Operation, arguments: list[Value]) -> list[Value]:
         barriers = [v for v in arguments[2:] if isinstance(v, Buffer) and v.barrier]
         if not barriers and "is_async" in op.operands:
-            self._start(op, arguments[:2])  # a commit follows
+            self._start(op, arguments)  # a commit follows
             return []
         if not barriers or any(isinstance(v, _Unknown) for v in arguments[2:]):
             self._doubt(op, "no barrier that can be followed")
-        self._start(op, arguments[:2])
+        self._start(op, arguments)
         for barrier in barriers:
             self._arrive(barrier)
         return []
@@ -269,31 +268,43 @@ class _Run:
         return []
 
     def _arrive(self, barrier: Buffer) -> None:
-        self.arrivals.setdefault(barrier[:2], []).append(self.issued)
+        self.arrivals.setdefault(barrier, []).append(self.issued)
+
+    def _arrive_barrier(self, op: Operation, arguments: list[Value]) -> list[Value]:
+        self._doubt(op, "an arrival that is no product's")
+        return []
+
+    def _local_dealloc(self, op: Operation, arguments: list[Value]) -> list[Value]:
+        if isinstance(arguments[0], Buffer):
+            self.freed.add(arguments[0].allocation)
+        return []
 
     def _init_barrier(self, op: Operation, arguments: list[Value]) -> list[Value]:
         barrier = arguments[0]
         if isinstance(barrier, Buffer):
-            self.arrivals.pop(barrier[:2], None)
-            self.passed.pop(barrier[:2], None)
+            self.arrivals.pop(barrier, None)
+            self.passed.pop(barrier, None)
         return []
 
     def _wait_barrier(self, op: Operation, arguments: list[Value]) -> list[Value]:
         barrier, phase = arguments[:2]
-        waits_always = len(op.operands.split(" deps ")[0].split(" : ")[0].split(",")) == 2
-        if not waits_always and arguments[2] == 0:
+        predicated = len(op.operands.split(" deps ")[0].split(" : ")[0].split(",")) > 2
+        if predicated and arguments[2] == 0:
             return []
         if not isinstance(barrier, Buffer) or not isinstance(phase, int):
             if self.in_flight:
                 self._doubt(op, "its barrier or phase could not be worked out")
             return []
-        arrivals = self.arrivals.get(barrier[:2])
+        arrivals = self.arrivals.get(barrier)
         if arrivals is None:  # it waits for a copy, which ends no product
             return []
+        if predicated and arguments[2] is None:
+            self._doubt(op, "whether it waits could not be worked out")
+            return []
         # It returns once the number of completed arrivals has the other parity than the phase, at the least.
-        passed = self.passed.get(barrier[:2], 0)
+        passed = self.passed.get(barrier, 0)
         passed += passed % 2 != (phase + 1) % 2
-        self.passed[barrier[:2]] = passed
+        self.passed[barrier] = passed
         if 0 < passed <= len(arrivals):
             # Products of the tensor core end in the order in which they were started.
             done = arrivals[passed - 1]
@@ -310,7 +321,9 @@ class _Run:
         carried = re.search(r"iter_args\((.*?)\) ->", header[5])
         pairs = [pair.split(" = ") for pair in carried[1].split(", ")] if carried else []
         values = [self.values.get(name) for _, name in pairs]
-        nested = any(inner.name == "for" for inner in op.inside())
+        inner_loops = [inner for inner in op.inside() if inner.name == "for"]
+        nested = any(any(map(_asynchronous, inner.inside())) for inner in inner_loops)
+        innermost = not nested and any(map(_asynchronous, op.inside()))
         times = OUTER_ITERATIONS if nested else ITERATIONS
         if isinstance(first, int) and isinstance(last, int) and isinstance(step, int):
             times = min(times, max(0, -(-(last - first) // step)))
@@ -319,7 +332,7 @@ class _Run:
             self.values[variable] = first + i * step if counted else None  # type: ignore
             self.values.update(zip((name for name, _ in pairs), values, strict=True))
             values = self.block(op.regions[0])
-            if not nested and any(map(_asynchronous, op.inside())):
+            if innermost:
                 self.loops[op.line] = max(self.loops.get(op.line, 0), len(self.in_flight))
         return values
 
@@ -329,7 +342,8 @@ class _Run:
             chosen = op.regions[0] if condition else op.regions[1] if len(op.regions) > 1 else []
             return self.block(chosen)
         # Leaving out a wait can only make this check stricter; anything else would be a guess.
-        if any(inner.name in (*_WRITES, *_PRODUCTS, "for") for inner in op.inside()):
+        stricter = ("warp_group_dot_wait", "wait_barrier")
+        if any(_matters(inner) and inner.name not in stricter for inner in op.inside()):
             self._doubt(op, "copies or products under a condition that could not be worked out")
         return []
 
@@ -339,42 +353,3 @@ def _applied(function: Callable[[int, int], int], arguments: list[Value]) -> Val
     if isinstance(first, int) and isinstance(second, int):
         return int(function(first, second)) if second or function is not operator.mod else None
     return None
-
-
-def _parsed(text: str) -> list[Operation]:
-    """Return the operations of all functions, nested as their braces are."""
-    root: list[Operation] = []
-    stack: list[list[Operation]] = [root]
-    owners: list[Operation] = []
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = _LOCATION.sub("", raw.rstrip()).strip()
-        if line.startswith("}"):
-            if len(stack) > 1:
-                stack.pop()
-                owner = owners.pop()
-                if line.endswith("{"):  # } else {, } do {
-                    _open(owner, owners, stack)
-            continue
-        if not line or line.startswith(("#", "^", "//")) or line.startswith("module"):
-            continue
-        results = _RESULTS.match(line)
-        body = line[results.end() :] if results else line
-        named = re.match(r'"?(?:\w+\.)?(\w+)"?(.*)', body)
-        if named is None:
-            continue
-        names: list[str] = []
-        if results:
-            count = int(results[2] or 1)
-            names = [results[1]] if results[2] is None else [f"{results[1]}#{i}" for i in range(count)]
-        operation = Operation(number, names, named[1], named[2].strip())
-        stack[-1].append(operation)
-        if line.endswith("{"):
-            _open(operation, owners, stack)
-    return root
-
-
-def _open(owner: Operation, owners: list[Operation], stack: list[list[Operation]]) -> None:
-    region: list[Operation] = []
-    owner.regions.append(region)
-    owners.append(owner)
-    stack.append(region)

@@ -28,7 +28,7 @@ def made_stats(scores: list[float], classes: list[int] | None = None) -> BatchSt
     nearest = torch.full((n,), math.cos(1.0), dtype=F64)
     number = torch.tensor(classes if classes is not None else [7] * n)
     angle = 1.0 + torch.tensor(scores, dtype=F64)
-    return BatchStats(angle, zeros, zeros, zeros, nearest, number, torch.zeros(n, dtype=torch.bool), zeros)
+    return BatchStats(angle, zeros, zeros, zeros, nearest, number, torch.zeros(n, dtype=torch.bool))
 
 
 def brute_force(

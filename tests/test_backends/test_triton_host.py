@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expface_kernels import backends, functional, margin_cross_entropy, ops
+from expface_kernels import backends, margin_cross_entropy, ops, pipeline
 from expface_kernels.backends.base import Request
 from expface_kernels.backends.triton import TritonBackend, calls, tuning
 from expface_kernels.backends.triton.backward import BackwardCall
@@ -133,7 +133,7 @@ def test_no_launch_code_asks_for_a_value(name: str) -> None:
 def test_nothing_around_the_op_asks_for_a_value(
     reduction: str, return_stats: bool, subset: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "autocast_dtype", lambda x: None)  # which knows no meta tensors
+    monkeypatch.setattr(pipeline, "autocast_dtype", lambda x: None)  # which knows no meta tensors
     x, w = (torch.empty(9, 40, device="meta", requires_grad=True) for _ in range(2))
     y = torch.empty(9, 1, dtype=torch.int32, device="meta")
     classes = torch.empty(7, dtype=torch.int64, device="meta") if subset else None
@@ -164,7 +164,7 @@ class OpCalls(TorchDispatchMode):
 def test_the_op_is_told_of_no_workspace_that_its_scale_cannot_use(
     scale: float, usable: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "autocast_dtype", lambda x: None)  # which knows no meta tensors
+    monkeypatch.setattr(pipeline, "autocast_dtype", lambda x: None)  # which knows no meta tensors
     x, w = (torch.empty(9, 40, device="meta", requires_grad=True) for _ in range(2))
     y = torch.empty(9, dtype=torch.int64, device="meta")
     with OpCalls() as calls_made:

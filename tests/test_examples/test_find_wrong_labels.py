@@ -63,7 +63,7 @@ def test_the_sheet_shows_given_and_likely_class(tmp_path: Path, monkeypatch: pyt
     angles = torch.tensor([1.9, 0.1, 0.2, 1.8], dtype=torch.float64)
     likely = torch.tensor([1, 2, 0, 2])
     ranker = LabelNoiseRanker(4)
-    ranker.update(torch.arange(4), BatchStats(angles, zeros, zeros, zeros, zeros, likely, zeros > 0, zeros))
+    ranker.update(torch.arange(4), BatchStats(angles, zeros, zeros, zeros, zeros, likely, zeros > 0))
     shown: list[pictures.Suspect] = []
 
     def keep(path: Path, suspects: Sequence[pictures.Suspect]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,32 @@ def test_what_became_worse_than_the_golden_figures_is_said(
     assert all(worse in text and "forward_tile" in text for text in found)
 
 
+def test_a_kernel_that_is_gone_and_an_empty_golden_file_are_said() -> None:
+    other = {"arch": "sm_90", "triton": "3.9", "features": 512, "case": "bf16", "kernel": "gone", "blocks": 1}
+    assert [text for text in audit.against_golden([GOOD], [other])[0] if "gone" in text]
+    assert [text for text in audit.against_golden([GOOD], [])[0] if "no golden figures" in text]
+
+
+@pytest.mark.parametrize(
+    ("change", "status"), [({}, 0), ({"problems": ("race",)}, 1), ({"blocks": 1}, 1), ({"registers": 137}, 1)]
+)
+def test_the_exit_status_tells(
+    change: dict[str, Any], status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    audit.write_golden([GOOD], tmp_path / "golden.jsonl")
+    golden = audit.read_golden(tmp_path / "golden.jsonl")
+    monkeypatch.setattr(audit, "read_golden", lambda: golden)
+    monkeypatch.setattr(audit, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(audit, "audit_case", lambda *_: [replace(GOOD, **change)])
+    assert audit.main(["--arch", "sm_90", "--features", "512", "--case", "bf16"]) == status
+
+
+def test_both_forms_of_the_row_kernel_are_audited() -> None:
+    """It casts the rows of a batch, and it forms the norms of the centers in float32."""
+    kernels = [finding.kernel for finding in audit.audit_case("sm_90", 512, "bf16")]
+    assert {"row_operands", "row_operands 2"} <= set(kernels)
+
+
 def test_a_triton_version_without_golden_lines_is_reported_only(tmp_path: Path) -> None:
     path = tmp_path / "golden.jsonl"
     audit.write_golden([GOOD], path)
@@ -163,7 +190,7 @@ def test_the_golden_file_knows_the_oldest_and_the_newest_triton() -> None:
 
 
 def test_a_race_turns_the_audit_red_and_ttgir_stays_in_the_cache(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
         audit.machine_code, "inspect", lambda *_: machine_code.Code(99, 0, 0, 0, 0, "HGMMA", 1)

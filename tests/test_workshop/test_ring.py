@@ -179,3 +179,58 @@ def test_what_cannot_be_followed_is_said(capability: int, pattern: str, replacem
     assert count
     problems = ring.check(text).problems
     assert any(problem.startswith("not understood: ") and word in problem for problem in problems)
+
+
+def _loop_in(text: str, opening: str) -> str:
+    """Return the text with its first loop inside another operation's braces."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if "scf.for" in line)
+    indent = lines[start][: len(lines[start]) - len(lines[start].lstrip())]
+    stop = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(indent + "}"))
+    wrapped = [indent + opening, *lines[start : stop + 1], indent + "}"]
+    return "\n".join([*lines[:start], *wrapped, *lines[stop + 1 :]])
+
+
+@pytest.mark.parametrize("opening", ["scf.execute_region {", "ttg.mask %m {", "scf.index_switch %x case 1 {"])
+def test_a_loop_inside_an_unknown_operation_is_not_passed_over(opening: str) -> None:
+    assert ring.check(_loop_in(ttgir(sum_and_multiply, 90), opening)).problems
+
+
+@pytest.mark.parametrize(
+    ("kernel", "capability", "pattern", "replacement"),
+    [
+        # A wait that may not happen; a buffer chosen by nobody knows what; an arrival; a branch.
+        (product_only, 100, r"(ttng\.wait_barrier %\S+, %[^,\s]+)( deps)", r"\1, %mystery\2"),
+        (
+            sum_and_multiply, 90, r"(%\S+) = ttg\.memdesc_trans (%\S+) (\{.*?\}) : (.*?) ->",
+            r"%chosen = arith.select %mystery, \2, %nothing : \4\n \1 = ttg.memdesc_trans %chosen \3 : \4 ->",
+        ),
+        (product_only, 90, r"(scf\.yield .*)", r"ttng.arrive_barrier %b_w, 1\n \1"),
+        (product_only, 90, r"(scf\.yield .*)", r"cf.cond_br %mystery, ^bb1, ^bb2\n \1"),
+    ],
+)  # fmt: skip
+def test_a_doubt_in_a_loop_is_said(
+    kernel: triton.JITFunction, capability: int, pattern: str, replacement: str
+) -> None:
+    text, count = re.subn(pattern, replacement, ttgir(kernel, capability))
+    assert count
+    assert any(problem.startswith("not understood: ") for problem in ring.check(text).problems)
+
+
+def test_a_loop_without_products_inside_does_not_hide_the_outer_one() -> None:
+    inner = "scf.for %j = %c0_i32 to %c1_i32 step %c1_i32 : i32 {\n }\n"
+    text = re.sub(r"(scf\.yield .*)", lambda found: inner + found[1], ttgir(product_only, 90))
+    report = ring.check(text)
+    assert report.problems == []
+    assert [loop.in_flight for loop in report.loops] == [1]
+
+
+def test_memory_of_a_freed_buffer_is_not_taken_while_a_product_reads_it() -> None:
+    text = ttgir(product_only, 90)
+    last_wait = re.search(r"^.*warp_group_dot_wait %\S+#0 \{pendings = 0 : i32\}.*$", text, re.MULTILINE)
+    freed = re.search(r"ttg\.local_dealloc (%\S+)", text)
+    assert last_wait
+    assert freed
+    made = "%new = ttg.local_alloc %c0_i32 : (i32) -> !ttg.memdesc<4xi32, #shared, #smem>"
+    broken = text.replace(last_wait[0], f"ttg.local_dealloc {freed[1]} : x\n {made}")
+    assert any("freed buffer" in problem for problem in ring.check(broken).problems)

@@ -15,10 +15,13 @@ PAIR_EPS = tl.constexpr(1e-14)  # shorter differences of unit vectors are roundi
 
 @triton.jit
 def _norm(b_v):
-    b_squares = tl.sum(b_v * b_v, 1)
-    if b_v.dtype == tl.float32:  # the plain root is an approximation on NVIDIA; float64 has no other
-        return tl.sqrt_rn(b_squares)
-    return tl.sqrt(b_squares)
+    if b_v.dtype == tl.float32:
+        # Squares above 1.8e19 overflow: a power of two near the largest value goes out of the sum, at no cost
+        # in digits. The plain root is an approximation on NVIDIA; float64 has no other.
+        b_unit = _power_of_two(tl.max(tl.abs(b_v), 1))
+        b_v = b_v * b_unit[:, None]
+        return tl.div_rn(tl.sqrt_rn(tl.sum(b_v * b_v, 1)), b_unit)
+    return tl.sqrt(tl.sum(b_v * b_v, 1))
 
 
 @triton.jit
