@@ -24,7 +24,7 @@ from expface_kernels.checks import (
 from expface_kernels.distributed.group import Group
 from expface_kernels.distributed.module import CentreModule, initialize, sharded_parameter
 from expface_kernels.distributed.ranges import ClassRange, shard_ranges
-from expface_kernels.distributed.sampling import LARGEST_SEED, Sampler
+from expface_kernels.distributed.sampling import LARGEST_SEED, RecentSteps, Sampler
 from expface_kernels.margins import ExpFace, MarginFunction, describe
 from expface_kernels.options import DEFAULT_WORKSPACE_BYTES, LossOptions
 from expface_kernels.pipeline import Shard, in_backward, loss_step, sharded_topk_cosine, topk_cosine
@@ -152,6 +152,7 @@ class MarginSoftmaxHead(CentreModule):
             raise
         self._agree(told)
         self._step = 0
+        self._recent_steps = RecentSteps()
         self._make_weight(device, dtype)
         self.reset_parameters()
 
@@ -227,7 +228,7 @@ class MarginSoftmaxHead(CentreModule):
     ) -> Tensor | tuple[Tensor, BatchStats]:
         """Loss of embeddings (B, D) with labels (B,) or (B, 1); with `return_stats` (loss, BatchStats)."""
         check_flag("return_stats", return_stats)
-        sample = self._sampler()
+        sample = self._sampler(labels)
         result = loss_step(
             embeddings,
             self.weight,
@@ -255,13 +256,18 @@ class MarginSoftmaxHead(CentreModule):
     def _own_shard(self) -> Shard | None:
         return None if self._group is None else Shard(self._group, self.num_classes, self._shard)
 
-    def _sampler(self) -> Sampler | None:
-        """What draws the classes of this step: where a forward is run again, those that it had."""
+    def _sampler(self, labels: Tensor) -> Sampler | None:
+        """Return what draws the classes of this step: where a forward is run again, those that it had."""
         if not self.training or self.sample_rate == 1:
             return None
+        step = self._step
+        if step > 0 and in_backward():
+            known = self._recent_steps.repeated(labels)
+            step = self._step - 1 if known is None else known
+        else:
+            self._recent_steps.note(labels, step)
         rank = 0 if self._group is None else self._group.rank
-        again = self._step > 0 and in_backward()
-        return Sampler(self.sample_rate, self.seed, self._step - again, rank)
+        return Sampler(self.sample_rate, self.seed, step, rank)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_options" not in state:  # pickled by an earlier version, with an attribute for each option
@@ -270,6 +276,7 @@ class MarginSoftmaxHead(CentreModule):
             state["_options"] = LossOptions(**{name: state.pop(name) for name in names if name in state})
             state.pop("gradient_tolerance", None)
             state["_group"] = state.pop("_ranks")
+        state.setdefault("_recent_steps", RecentSteps())
         super().__setstate__(state)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

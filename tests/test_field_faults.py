@@ -82,6 +82,29 @@ def test_a_recomputed_forward_takes_the_sample_of_the_first_and_counts_once(rank
                 assert relative_error(dx, found["plain", step][1]) <= SHARDED[F64]
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("shared_labels", [True, False])
+def test_accumulated_checkpointed_forwards_each_take_their_own_sample_again(
+    reentrant: bool, shared_labels: bool
+) -> None:
+    """Two forwards before one backward, which runs both again, the second one first."""
+    gradients = []
+    for checkpointed in (False, True):
+        x, w = gen(6, 16, 70)
+        x.requires_grad_()
+        head = head_of(w, None, sample_rate=0.3)
+        labels = [LABELS, LABELS if shared_labels else LABELS.flip(0)]
+        if checkpointed:
+            losses = [checkpoint(head, x, y, use_reentrant=reentrant) for y in labels]
+        else:
+            losses = [head(x, y) for y in labels]
+        sum(losses).backward()
+        assert head.sampling_step == 2
+        gradients.append((x.grad, head.weight.grad))
+    for plain, again in zip(*gradients, strict=True):
+        assert relative_error(again, plain) <= SHARDED[F64]
+
+
 def test_centres_do_not_depend_on_the_default_device() -> None:
     right = MarginSoftmaxHead(16, 70).weight
     with torch.device("meta"):

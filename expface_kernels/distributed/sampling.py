@@ -40,6 +40,45 @@ def mixed_seed(*parts: int) -> int:
     return state
 
 
+class RecentSteps:
+    """Remembers which step drew for which labels, for forwards that activation checkpointing runs again.
+
+    A recomputation gets the labels of its forward, alive since then, so that no other tensor has had their
+    memory; forwards over the same labels are run again in the opposite order.
+    """
+
+    KEPT = 256
+    """Forwards that one backward may run again."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, int]] = []  # (address of the labels, step)
+
+    def note(self, labels: Tensor, step: int) -> None:
+        """Remember that a forward over these labels drew the sample of this step."""
+        address = _address(labels)
+        if address is not None:
+            self._steps = [*self._steps[1 - self.KEPT :], (address, step)]
+
+    def repeated(self, labels: Tensor) -> int | None:
+        """Return the step of the forward that is run again over these labels; None where none is known."""
+        address = _address(labels)
+        for i in range(len(self._steps) - 1, -1, -1):
+            if self._steps[i][0] == address:
+                return self._steps.pop(i)[1]
+        return None
+
+
+def _address(labels: Tensor) -> int | None:
+    """Return where the labels lie; None where that says nothing: under torch.compile, or what is wrong."""
+    if (
+        torch.compiler.is_compiling()
+        or not isinstance(labels, Tensor)
+        or type(labels).__name__ == "FakeTensor"
+    ):
+        return None
+    return labels.data_ptr()
+
+
 @dataclass(frozen=True)
 class Sampler:
     """The sample of one step on one rank: the same for the same (seed, step, rank) on one kind of device."""
