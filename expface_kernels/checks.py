@@ -1,4 +1,4 @@
-"""What a user can get wrong, caught before any work: shapes, dtypes, devices, ranges.
+"""Catches what a user can get wrong before any work: shapes, dtypes, devices, ranges.
 
 Only what is known without looking at a tensor's values, so torch.compile sees none of it at run time;
 label values are checked in ops.local_labels. Errors name the argument, what was expected, what came.
@@ -38,7 +38,7 @@ INTEGERS = (
 
 
 def check_rows_and_centres(embeddings: Any, weight: Any) -> None:
-    """embeddings (B, D) and weight (C, D): two floating point matrices on one device, C and D at least 1."""
+    """Check that embeddings (B, D) and weight (C, D) are floating point, on one device, C and D > 0."""
     for name, value, shape in (("embeddings", embeddings, "(B, D)"), ("weight", weight, "(C, D)")):
         _check_tensor(name, value, shape)
         if value.layout != torch.strided:
@@ -61,7 +61,7 @@ def check_rows_and_centres(embeddings: Any, weight: Any) -> None:
 
 
 def check_labels(labels: Any, embeddings: Tensor) -> None:
-    """labels (B,) or (B, 1) of any integer dtype, on the embeddings' device."""
+    """Check that labels are (B,) or (B, 1) of any integer dtype, on the embeddings' device."""
     _check_tensor("labels", labels, "(B,)")
     if labels.dtype not in INTEGERS:
         raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
@@ -73,7 +73,7 @@ def check_labels(labels: Any, embeddings: Tensor) -> None:
 
 
 def check_class_subset(class_subset: Any, weight: Tensor) -> None:
-    """class_subset (S,) int64, not empty; its values are checked in the op."""
+    """Check that class_subset is (S,) int64 and not empty; the op checks its values."""
     if class_subset is None:
         return
     _check_tensor("class_subset", class_subset, "(S,)")
@@ -88,7 +88,7 @@ def check_class_subset(class_subset: Any, weight: Tensor) -> None:
 
 
 def check_num_rows(margin: Any, rows: int) -> None:
-    """What a margin holds a row is for just these rows."""
+    """Check that a margin's per-row values are for as many rows."""
     for name, value in row_parameters(margin).items():
         if value.shape[0] != rows:
             raise ValueError(
@@ -113,7 +113,7 @@ def check_trained_alike(margin: Any) -> None:
 
 
 def check_k(k: Any, classes: int) -> int:
-    """How many nearest classes are wanted: 1 ≤ k ≤ classes."""
+    """Return k, the number of nearest classes wanted, where 1 ≤ k ≤ classes."""
     k = check_integer("k", k, least=1)
     if k > classes:
         raise ValueError(f"k: expected at most the {classes} classes there are, got {k}")
@@ -121,7 +121,7 @@ def check_k(k: Any, classes: int) -> int:
 
 
 def check_scale(scale: Any) -> None:
-    """A finite number above 0, within what float32 logits and sums can bear."""
+    """Check for a finite number above 0, within what float32 logits and sums can bear."""
     check_number("scale", scale)
     if not (0 < scale < math.inf):
         raise ValueError(f"scale: expected a finite number above 0, got {scale}")
@@ -131,12 +131,12 @@ def check_scale(scale: Any) -> None:
 
 
 def check_workspace_bytes(workspace_bytes: Any) -> None:
-    """0 or more, of which an op of torch takes 63 bits."""
+    """Check for 0 or more, of which an op of torch takes 63 bits."""
     check_integer("workspace_bytes", workspace_bytes, least=0, most=LARGEST_INTEGER)
 
 
 def check_device(device: Any) -> None:
-    """None, or a device that torch knows and that is there."""
+    """Check for None, or a device that torch knows and that is there."""
     if device is None:
         return
     try:
@@ -149,7 +149,7 @@ def check_device(device: Any) -> None:
 
 
 def check_process_group(process_group: Any) -> None:
-    """One of torch.distributed's that this process belongs to."""
+    """Check for a group of torch.distributed that this process belongs to."""
     if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         raise TypeError(
             "process_group: expected a torch.distributed.ProcessGroup that this process belongs to, "
@@ -166,7 +166,7 @@ def check_target_gradient(target_gradient: Any) -> None:
 
 
 def check_gradient_tolerance(gradient_tolerance: Any) -> None:
-    """0, which is what every gradient is computed with anyway: accepted with a DeprecationWarning."""
+    """Accept 0, which every gradient is computed with anyway, with a DeprecationWarning."""
     if check_number("gradient_tolerance", gradient_tolerance) != 0:
         raise ValueError(
             f"gradient_tolerance: expected 0 (exact), the only one this version has, got {gradient_tolerance}"
@@ -179,14 +179,14 @@ def check_gradient_tolerance(gradient_tolerance: Any) -> None:
 
 
 def check_sample_rate(sample_rate: Any) -> None:
-    """The share of the classes that take part in a step: 0 < rate ≤ 1."""
+    """Check the share of the classes that take part in a step: 0 < rate ≤ 1."""
     check_number("sample_rate", sample_rate)
     if not (0 < sample_rate <= 1):
         raise ValueError(f"sample_rate: expected above 0 and at most 1, got {sample_rate}")
 
 
 def check_embedding_grad_scale(embedding_grad_scale: Any) -> None:
-    """A finite number above 0, or None for the size of the process group."""
+    """Check for a finite number above 0, or None for the size of the process group."""
     if embedding_grad_scale is None:
         return
     check_number("embedding_grad_scale", embedding_grad_scale)
@@ -203,7 +203,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_margin(margin: Any) -> None:
-    """A callable; what it returns is checked when it is called."""
+    """Check for a callable; what it returns is checked when it is called."""
     if not callable(margin):
         raise TypeError(
             f"margin: expected a callable theta -> psi such as ExpFace(), got {type(margin).__name__}"
@@ -229,7 +229,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def as_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """A Python int of what is one: numpy's integers too, and an integer tensor of one value."""
+    """Return a Python int of what is one: numpy's integers too, and an integer tensor of one value."""
     if type(value) is not int and not isinstance(value, bool):
         with contextlib.suppress(TypeError):
             value = operator.index(value)
@@ -237,7 +237,7 @@ def as_integer(name: str, value: Any, least: int | None = None, most: int | None
 
 
 def check_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """A Python int of an integer, numpy's too."""
+    """Return a Python int of an integer, numpy's too."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
     number = int(value)
@@ -249,7 +249,7 @@ def check_integer(name: str, value: Any, least: int | None = None, most: int | N
 
 
 def check_number(name: str, value: Any) -> float:
-    """A Python int or float of a number, numpy's too."""
+    """Return a Python int or float of a number, numpy's too."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     return value if isinstance(value, (int, float)) else float(value)

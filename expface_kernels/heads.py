@@ -157,7 +157,7 @@ class MarginSoftmaxHead(CentreModule):
         self.reset_parameters()
 
     def _construction(self, dtype: torch.dtype | None) -> dict[str, str]:
-        """What every rank must build alike, as text."""
+        """Return what every rank must build alike, as text."""
         told = {name: str(getattr(self, name)) for name in _BUILT_ALIKE}
         return {**told, "margin": describe(self.margin), "dtype": str(dtype or torch.get_default_dtype())}
 
@@ -175,7 +175,7 @@ class MarginSoftmaxHead(CentreModule):
         self.weight = sharded_parameter(local, self.num_classes, group)
 
     def _set_options(self, options: LossOptions) -> None:
-        """No option without an effect, and no sparse gradient of a DTensor, which has none."""
+        """Refuse an option without an effect, and a sparse gradient of a DTensor, which has none."""
         if self._group is not None and options.sparse_grad:
             raise ValueError("sparse_grad: expected False with process_group (weight is a DTensor), got True")
         for name, default in (("embedding_grad_scale", None), ("equal_rows", False)):
@@ -186,7 +186,7 @@ class MarginSoftmaxHead(CentreModule):
 
     @property
     def gradient_tolerance(self) -> float:
-        """0: deprecated, without effect."""
+        """Return 0: deprecated, without effect."""
         return 0.0
 
     @gradient_tolerance.setter
@@ -201,14 +201,14 @@ class MarginSoftmaxHead(CentreModule):
 
     @property
     def local_weight(self) -> Tensor:
-        """The (num_local, D) centres of this process, a plain tensor; without process_group all of them."""
+        """Return the (num_local, D) centers of this process as a plain tensor; all without process_group."""
         weight: Any = self.weight
         local: Tensor = weight if self._group is None else weight.to_local()
         return local
 
     @property
     def sampling_step(self) -> int:
-        """Samples drawn so far; with `seed` and the rank it determines the next. Part of the state_dict."""
+        """Count the samples drawn so far, which with `seed` and the rank determines the next one."""
         return self._step
 
     @overload
@@ -226,7 +226,7 @@ class MarginSoftmaxHead(CentreModule):
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, BatchStats]:
-        """Loss of embeddings (B, D) with labels (B,) or (B, 1); with `return_stats` (loss, BatchStats)."""
+        """Return the loss of embeddings (B, D), labels (B,) or (B, 1), or (loss, BatchStats)."""
         check_flag("return_stats", return_stats)
         sample = self._sampler(labels)
         result = loss_step(
@@ -244,7 +244,7 @@ class MarginSoftmaxHead(CentreModule):
         return result
 
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Cosines (B, k), falling, and classes (B, k) int64 of the nearest centres; no margin or gradient.
+        """Return cosines (B, k), descending, and classes (B, k) int64 of the nearest centers; no gradient.
 
         With process_group every rank calls it with its own rows, and gets classes of all ranks.
         """

@@ -81,7 +81,7 @@ def _check_parameter(
 
 
 def as_tensor(value: Parameter, like: Tensor) -> Tensor:
-    """A float as a () tensor of like's dtype and device; a tensor as it is.
+    """Return a float as a () tensor of like's dtype and device, a tensor as it is.
 
     As a product, since that is what torch.compile keeps symbolic: with the bare float in a power or a
     cosine, a schedule that assigns it at every step would compile at every step.
@@ -206,7 +206,7 @@ class NormFace(Margin):
 
 
 def row_parameters(margin: MarginFunction) -> dict[str, Tensor]:
-    """Name → value of what a margin holds one value a row of: its attributes that are (B,) tensors.
+    """Return name → value of what a margin holds one value per row of: attributes that are (B,) tensors.
 
     Of an nn.Module these are its plain attributes; a parameter or a buffer is the same for all rows. A margin
     of your own with other 1-d tensors says so with an attribute `per_row = False`.
@@ -218,7 +218,7 @@ def row_parameters(margin: MarginFunction) -> dict[str, Tensor]:
 
 
 def is_per_row(margin: MarginFunction) -> bool:
-    """Whether psi of a row depends on more than its angle: then only the row's own rank can compute it.
+    """Tell whether psi of a row depends on more than its angle: only the row's own rank can compute it then.
 
     A margin of your own that looks at its rows in another way says so with an attribute `per_row = True`.
     """
@@ -226,7 +226,7 @@ def is_per_row(margin: MarginFunction) -> bool:
 
 
 def describe(margin: MarginFunction) -> str:
-    """The margin as text that is the same in every process; values of rows are left out."""
+    """Describe the margin in text that is the same in every process; values of rows are left out."""
     if isinstance(margin, Margin):
         inside = ", ".join(
             f"{name}={'one a row' if isinstance(value, Tensor) and value.dim() else value}"
@@ -240,7 +240,7 @@ TARGET_GRADIENTS = ("exact", "detached")
 
 
 def target_similarity(margin: MarginFunction, theta: Tensor, target_gradient: str) -> Tensor:
-    """psi (B,) of theta (B,), with the slope that `target_gradient` names (docs/math.md eq. 8).
+    """Return psi (B,) of theta (B,), with the slope that `target_gradient` names (docs/math.md eq. 8).
 
     "exact" differentiates psi; "detached" keeps its value and takes the slope of cos θ, as the published
     ExpFace code does. Either way the margin's own parameters keep their gradient.

@@ -21,7 +21,7 @@ from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, Request, co
 
 @torch.library.custom_op("expface_kernels::local_labels", mutates_args=())
 def local_labels(labels: Tensor, class_subset: Tensor | None, num_classes: int, ignore_index: int) -> Tensor:
-    """Labels (B,) int64 as the op wants them: positions in the subset (or classes), −1 where ignored.
+    """Return labels (B,) int64 as the op wants them: positions in the subset (or classes), −1 where ignored.
 
     ValueError for a label or a subset class out of range, and for a label that the subset lacks. On a GPU,
     unless EXPFACE_CHECK_LABELS=1, such a label becomes −2 instead, and its row's loss NaN; where the subset
@@ -59,18 +59,18 @@ def local_labels(labels: Tensor, class_subset: Tensor | None, num_classes: int, 
 
 
 def on_cpu(values: Tensor) -> bool:
-    """Whether values are looked at and bad ones refused at once, which on a GPU would mean waiting for it."""
+    """Tell whether bad values are refused at once, which on a GPU would mean waiting for it."""
     return values.device.type == "cpu"
 
 
 def _wrong_subset(class_subset: Tensor, num_classes: int) -> Tensor:
-    """() bool: a class is out of [0, num_classes), or they are not sorted, or one is there twice."""
+    """Tell, as a () bool, whether a class is out of [0, num_classes), out of order, or there twice."""
     outside = (class_subset[0] < 0) | (class_subset[-1] >= num_classes)
     return outside | _out_of_order(class_subset)
 
 
 def _out_of_order(class_subset: Tensor) -> Tensor:
-    """() bool. By comparing: a difference of int64 may wrap."""
+    """Tell, as a () bool, whether they don't rise; by comparing, since a difference of int64 may wrap."""
     return (class_subset[1:] <= class_subset[:-1]).any()
 
 
@@ -101,7 +101,7 @@ def cosine_lse(
     product_dtype: torch.dtype | None,
     sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(log_l (B,) float64, theta (B,) float64, workspace, tile_sums, hardest_cos, hardest_class).
+    """Return (log_l (B,) float64, theta (B,) float64, workspace, tile_sums, hardest_cos, hardest_class).
 
     log_l = log Σ_{j≠y} exp(scale·cos_bj) and the target angle in radians (docs/math.md eqs. 2 to 4). Only
     these two are differentiable; what was not asked for has size 0. sparse_grad: the gradient of w is a
@@ -161,7 +161,7 @@ def cosine_lse_backward(
     need_dw: bool,
     sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(dx (B, D), dw (C_all, D), or (S, D) with sparse_grad) in their inputs' dtypes; size 0: not needed."""
+    """Return dx (B, D) and dw (C_all, D), or (S, D) if sparse, in their inputs' dtypes; of size 0 if not needed."""
     request = Request(scale.item(), True, workspace_bytes, False, product_dtype, sparse_grad)
     with torch.autocast(x.device.type, enabled=False):
         dx, dw = backends.serving_op(backend, x, w).backward(

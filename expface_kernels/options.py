@@ -25,7 +25,7 @@ DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Plain values that a loss is computed with; they are checked when they are set.
+    """Holds the plain values that a loss is computed with, and checks them when they are set.
 
     On the ranks of a group all of them but the memory must be the same. TypeError, ValueError: naming the
     option, what was expected and what came.
@@ -64,11 +64,11 @@ class LossOptions:
         check_flag("equal_rows", self.equal_rows)
 
     def grad_scale(self, ranks: int) -> float:
-        """What multiplies the embeddings' gradient on so many ranks."""
+        """Return what multiplies the embeddings' gradient on so many ranks."""
         return float(ranks) if self.embedding_grad_scale is None else self.embedding_grad_scale
 
     def replace(self, **changed: Any) -> LossOptions:
-        """The same with some of them changed, and checked."""
+        """Return the same with some of them changed, and checked."""
         return dataclasses.replace(self, **changed)
 
 

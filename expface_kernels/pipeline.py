@@ -79,7 +79,7 @@ def loss_step(
     return_stats: bool = False,
     agreed: Mapping[str, str] | None = None,
 ) -> Tensor | tuple[Tensor, BatchStats]:
-    """Loss of the batch of all ranks, from this rank's rows and centres; the function's and every head's.
+    """Compute the loss of the batch of all ranks from this rank's rows and centers, for function and heads.
 
     "mean" and "sum" are over all ranks' counted rows, the same on every rank; "none" is this rank's (B,), and
     what is differentiated the sum over ranks. With statistics (loss, BatchStats of this rank's rows).
@@ -144,14 +144,14 @@ class Batch(NamedTuple):
 
 
 def _refusing(shard: Shard | None, options: LossOptions) -> contextlib.AbstractContextManager[None]:
-    """What raises inside is told to the other ranks, who wait in `exchange`; later nobody would listen."""
+    """Tell the other ranks, who wait in `exchange`, what raises inside; later nobody would listen."""
     if shard is None or options.equal_rows:
         return contextlib.nullcontext()
     return telling(shard.group.refuse_exchange)
 
 
 def _check_rows(x: Tensor, local: Tensor, options: LossOptions, shard: Shard | None) -> None:
-    """This rank's rows and centres; an empty shard is right, as a whole weight without classes is not."""
+    """Check this rank's rows and centers; an empty shard is right, a whole weight without classes is not."""
     if shard is None:
         check_rows_and_centres(x, local)
         return
@@ -173,7 +173,7 @@ def _checked_labels(
     shard: Shard | None,
     class_subset: Tensor | None,
 ) -> Tensor:
-    """(B,) int64 as `Batch` has them, where they and the margin fit this rank's rows."""
+    """Return labels (B,) int64 as `Batch` has them, where they and the margin fit this rank's rows."""
     check_labels(labels, x)
     check_class_subset(class_subset, local)
     if shard is not None:  # elsewhere a margin of one's own may hold a table, which is no value per row
@@ -192,7 +192,7 @@ def _told(
     return_stats: bool,
     agreed: Mapping[str, str] | None,
 ) -> dict[str, str]:
-    """What the ranks of a loss must agree on, as text."""
+    """Return what the ranks of a loss must agree on, as text."""
     return {
         "num_classes": str(shard.num_classes),
         "margin": describe(margin),
@@ -213,7 +213,7 @@ def _told(
 def _all_rows(
     x: Tensor, y: Tensor | None, told: dict[str, str], options: LossOptions, shard: Shard | None
 ) -> Batch:
-    """Hear of the other ranks' rows and bring all of them here; y (B,) is None where there are no labels."""
+    """Bring the rows of all ranks here; y (B,) is None where there are no labels."""
     if shard is None:
         assert y is not None
         return Batch(x, y, slice(None), [x.shape[0]])
@@ -234,7 +234,7 @@ def _targets(
     class_subset: Tensor | None,
     sample: Sample | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Labels (N,) as the op takes them, and the classes of this process that take part; None is all."""
+    """Return labels (N,) as the op takes them, and the classes here that take part; None is all."""
     if class_subset is not None:
         # A bad one that was not refused has made the loss NaN: it need only stay within memory.
         return y, class_subset if ops.on_cpu(class_subset) else class_subset.clamp(0, num_local - 1)
@@ -262,7 +262,7 @@ def negatives(
     *,
     find_hardest: bool = False,
 ) -> Negatives:
-    """The op, on inputs that are checked: x (B, D), w (C, D), counted (B,) bool where not ignored.
+    """Call the op on inputs that are checked: x (B, D), w (C, D), counted (B,) bool where not ignored.
 
     y (B,) int64: positions in class_subset (or classes), NO_TARGET where the row has none here, be it
     ignored or another shard's, or INVALID_TARGET. options.sparse_grad: w's gradient is sparse COO, the
@@ -306,25 +306,25 @@ def negatives(
 def no_negatives(
     x: Tensor, w: Tensor, y: Tensor, counted: Tensor, *unused: Any, find_hardest: bool = False
 ) -> Negatives:
-    """`negatives` of a shard without classes, which skips the op."""
+    """Return the `negatives` of a shard without classes, which skips the op."""
     log_l, theta = NoClasses.apply(x, w)
     return Negatives(log_l, theta, log_l.detach(), torch.full_like(y, -1))
 
 
 def row_losses(log_l: Tensor, psi: Tensor, counted: Tensor, scale: float) -> Tensor:
-    """(B,) float64, 0 where a row does not count (eq. 6)."""
+    """Return losses (B,) float64, 0 where a row does not count (eq. 6)."""
     # Before logaddexp: a where() after it would still send NaN back into ignored rows.
     delta = torch.where(counted, log_l - scale * psi, -torch.inf)
     return torch.logaddexp(delta, torch.zeros_like(delta))
 
 
 def loss_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
-    """float32, or float64 where an input is."""
+    """Return float32, or float64 where an input is."""
     return torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast wants products of x's device in; None outside it. Read here: inside the op it is off."""
+    """Return what autocast wants products of x's device in, or None; inside the op it is off."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -333,7 +333,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def topk_cosine(
     embeddings: Tensor, weight: Tensor, k: int, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The k classes nearest to each row, without a margin and without (B, C) cosines.
+    """Return the k classes nearest to each row, without a margin and without (B, C) cosines.
 
     embeddings (B, D), weight (C, D), 1 ≤ k ≤ C → cosines (B, k), falling, float32 (float64 if an input is),
     and classes (B, k) int64. No gradient. Peak extra memory: two tiles of cosines (64 MB, on a GPU 128 MB) +
@@ -350,7 +350,7 @@ def topk_cosine(
 def sharded_topk_cosine(
     embeddings: Tensor, weight: Tensor, k: int, options: LossOptions, shard: Shard
 ) -> tuple[Tensor, Tensor]:
-    """`topk_cosine` over the classes of all ranks, (B, k) each for this rank's rows; every rank calls it.
+    """Do `topk_cosine` over the classes of all ranks, for this rank's rows; every rank calls it.
 
     Collectives: the row counts, the rows, then k cosines and classes of every row.
     """
@@ -378,12 +378,12 @@ def sharded_topk_cosine(
 
 
 def in_backward() -> bool:
-    """Whether this runs inside a backward, as the second forward of activation checkpointing does."""
+    """Tell whether this runs inside a backward, as the second forward of activation checkpointing does."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _refuse_functorch(*inputs: Tensor) -> None:
-    """The op has no forward-mode derivative, which torch would take for zero, and none for torch.func."""
+    """Refuse forward mode, whose missing derivative torch would take for zero, and torch.func."""
     if torch.compiler.is_compiling():
         return
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor

@@ -21,7 +21,7 @@ PAIR_EPS = 1e-14
 
 
 def normalize(v: Tensor) -> Tensor:
-    """v / max(|v|, eps) over the last dimension (eq. 1); a row below eps gets no gradient."""
+    """Return v / max(|v|, eps) over the last dimension (eq. 1); a row below eps gets no gradient."""
     norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     alive = norm >= NORM_EPS
     return torch.where(alive, v / torch.where(alive, norm, 1.0), v.detach() / NORM_EPS)
@@ -33,7 +33,7 @@ def _length(d: Tensor) -> Tensor:
 
 
 def pair_angle(x: Tensor, w: Tensor) -> Tensor:
-    """theta (B,) float64, radians, between the rows of x and w (B, D): 2·atan2(|xn−wn|, |xn+wn|) (eq. 4).
+    """Return theta (B,) float64, radians, of rows of x and w (B, D): 2·atan2(|xn−wn|, |xn+wn|) (eq. 4).
 
     No gradient where either is shorter than eps: it has no direction (eq. 5).
     """
@@ -45,7 +45,7 @@ def pair_angle(x: Tensor, w: Tensor) -> Tensor:
 
 
 def cosine_lse(x: Tensor, w: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_l, theta, cosines of the negatives (B, C) with −inf at the target) (eqs. 2 to 4)."""
+    """Return (log_l, theta, cosines of the negatives (B, C), −inf at the target) (eqs. 2 to 4)."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         # Wide before anything is gathered: autograd sums the gradients of repeated rows in that dtype.
@@ -75,7 +75,7 @@ def margin_cross_entropy(
     workspace_bytes: int = 0,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, BatchStats]:
-    """The same loss as `expface_kernels.margin_cross_entropy`, with the same arguments less `backend`.
+    """Compute the loss of `expface_kernels.margin_cross_entropy`, with its arguments less `backend`.
 
     Neither `gradient_tolerance` (deprecated) nor `workspace_bytes` changes anything here: the reference holds
     all its logits, (B, C) in several copies. Assumes valid arguments.

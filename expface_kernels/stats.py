@@ -1,4 +1,4 @@
-"""From rows to a batch: the reduction of the loss, and what the batch looked like."""
+"""Reduces the loss from rows to a batch, and says what the batch looked like."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class BatchStats(NamedTuple):
-    """Per-row figures of one batch, detached. Ignored rows hold NaN, class −1, correct False.
+    """Holds figures of each row of a batch, detached. Ignored rows hold NaN, class −1, correct False.
 
     B rows, in the order of the embeddings. Angles and cosines are float64.
     """
@@ -31,7 +31,7 @@ class BatchStats(NamedTuple):
 
 
 def reduce_rows(rows: Tensor, counted: Tensor, reduction: str) -> Tensor:
-    """ "none" (B,), "sum" () or "mean" () over the counted rows; a mean over none is 0."""
+    """Reduce rows to "none" (B,), "sum" () or "mean" () over the counted ones; a mean over none is 0."""
     if reduction == "none":
         return rows
     total = rows.sum()
@@ -47,7 +47,7 @@ def batch_stats(
     hardest: Tensor,
     scale: float,
 ) -> BatchStats:
-    """BatchStats from the (B,) results of one batch."""
+    """Make BatchStats from the (B,) results of one batch."""
     log_l, theta, psi = log_l.detach(), theta.detach(), psi.detach()
     nan = torch.where(counted, 0.0, torch.nan).double()
     target_cos = torch.cos(theta)

@@ -20,19 +20,19 @@ _BACKENDS: dict[str, Backend] = {"reference": REFERENCE, **_OP_BACKENDS}
 
 
 def available() -> dict[str, str]:
-    """Name of each backend -> "ok", or the reason why it cannot run on this machine."""
+    """Map each backend's name to "ok", or to the reason why it cannot run on this machine."""
     return {name: backend.unavailable() or "ok" for name, backend in _BACKENDS.items()}
 
 
 def check_name(backend: str) -> None:
-    """ValueError for a name there is not."""
+    """Raise ValueError for a name there is not."""
     names = ["auto", *_BACKENDS]
     if backend not in names:
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
 
 
 def resolve(backend: str, x: Tensor, w: Tensor) -> str:
-    """The name of the backend that `backend` means for these inputs; ValueError for a name there is not."""
+    """Return the name of the backend that `backend` means for these inputs; ValueError if unknown."""
     check_name(backend)
     if backend != "auto":
         return backend
@@ -42,19 +42,19 @@ def resolve(backend: str, x: Tensor, w: Tensor) -> str:
 
 
 def op_backend(name: str) -> OpBackend:
-    """The backend of that name that the op calls."""
+    """Return the backend of that name that the op calls."""
     return _OP_BACKENDS[name]
 
 
 def serving(name: str, x: Tensor, w: Tensor) -> Backend:
-    """The backend, able to take x and w; RuntimeError with its reason where it is not."""
+    """Return the backend, able to take x and w; RuntimeError with its reason where it is not."""
     backend = REFERENCE if name == "reference" else op_backend(name)
     _check_serves(backend, x, w)
     return backend
 
 
 def serving_op(name: str, x: Tensor, w: Tensor) -> OpBackend:
-    """The same, for the op."""
+    """Do the same for the op."""
     backend = op_backend(name)
     _check_serves(backend, x, w)
     return backend

@@ -1,4 +1,4 @@
-"""What a backend is, and what it is told.
+"""The protocol of a backend, and the configuration that it gets.
 
 B rows · C classes that take part (the subset's size where one is given) · D features
 """
@@ -21,7 +21,7 @@ INVALID_TARGET = -2
 
 @dataclass(frozen=True)
 class Request:
-    """What one call of the op asks for; nothing in it depends on a tensor's values."""
+    """Says what one call of the op asks for; nothing in it depends on a tensor's values."""
 
     scale: float
     keep: bool
@@ -36,7 +36,7 @@ class Request:
 
 
 class Forward(NamedTuple):
-    """Results of the op, eqs. 2 to 4 of docs/math.md; what was not asked for has size 0."""
+    """Holds the op's results, eqs. 2 to 4 of docs/math.md; what was not asked for has size 0."""
 
     log_l: Tensor  # (B,) float64
     theta: Tensor  # (B,) float64, radians
@@ -56,31 +56,31 @@ class Backend(Protocol):
     name: str
 
     def unavailable(self) -> str | None:
-        """Why this backend cannot run on this machine at all; None where it can."""
+        """Return why this backend cannot run on this machine at all; None where it can."""
 
     def why_not(self, x: Tensor, w: Tensor) -> str | None:
-        """Why it cannot take these inputs; None where it can."""
+        """Return why it cannot take these inputs; None where it can."""
 
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
     ) -> Forward:
-        """The op's outputs."""
+        """Compute the op's outputs."""
 
     def topk(self, x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest cosines (B, k), falling, and their classes (B, k) int64."""
+        """Return the k largest cosines (B, k), descending, and their classes (B, k) int64."""
 
 
 class OpBackend(Backend, Protocol):
     """A backend behind the custom op: autograd does not see into it, so it brings its own backward."""
 
     def workspace_numel(self, x: Tensor, w: Tensor, classes: int, request: Request) -> int:
-        """Elements, of compute_dtype, of the workspace that forward returns for `keep`.
+        """Return how many elements of compute_dtype the workspace has that forward returns for `keep`.
 
         x and w may be without data, and `request.scale` is not the real one.
         """
 
     def usable_workspace(self, workspace_bytes: int, scale: float) -> int:
-        """How many of the bytes the forward has a use for at this scale: the op is told these."""
+        """Return how many of the bytes the forward has a use for at this scale; the op gets that number."""
 
     def backward(
         self,
@@ -96,19 +96,19 @@ class OpBackend(Backend, Protocol):
         need_dx: bool,
         need_dw: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(dx, dw) in the dtypes and shapes of x and w, from G and H (B,) float64 (eqs. 10 and 11).
+        """Return (dx, dw) in the dtypes and shapes of x and w, from G and H (B,) float64 (eqs. 10 and 11).
 
         With `request.sparse_grad`, dw is (S, D), the rows of the subset; O(S·D) time and memory.
         """
 
 
 def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
-    """float64 where either input is, else float32: 16-bit inputs are accumulated and reported in float32."""
+    """Return float64 where either input is, else float32, in which 16-bit inputs are accumulated."""
     return torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
 
 
 class Pairs:
-    """The target path, in float64: rows x (B, D) and the centres of their labels (B, D) (eqs. 4 and 5).
+    """Computes the target path in float64, from rows x (B, D) and their labels' centers (eqs. 4 and 5).
 
     Rows without a target are paired with themselves: their angle is 0 and they have no direction.
     """
@@ -125,14 +125,14 @@ class Pairs:
         self.wn = torch.where(has_target, wn, self.xn)
 
     def theta(self) -> Tensor:
-        """(B,) radians; 0 without a target, NaN for an invalid one."""
+        """Return the angles (B,) in radians; 0 without a target, NaN for an invalid one."""
         apart = torch.linalg.vector_norm(self.xn - self.wn, dim=1)
         together = torch.linalg.vector_norm(self.xn + self.wn, dim=1)
         theta = torch.where(self.y >= 0, 2 * torch.atan2(apart, together), 0.0)
         return torch.where(self.y == INVALID_TARGET, torch.nan, theta)
 
     def tangents(self) -> tuple[Tensor, Tensor]:
-        """(u, v), (B, D): unit tangents at xn towards wn and at wn towards xn; 0 where there is none."""
+        """Return unit tangents (u, v), (B, D), at xn towards wn and at wn towards xn; 0 where none is."""
         facing = (self.xn * self.wn).sum(1, keepdim=True) >= 0
         d = torch.where(facing, self.wn - self.xn, self.wn + self.xn)
         alive = (self.x_norm >= NORM_EPS) & (self.w_norm >= NORM_EPS)
@@ -143,7 +143,7 @@ class Pairs:
 
 
 def norms_and_units(v: Tensor) -> tuple[Tensor, Tensor]:
-    """|v| (B, 1) and v / max(|v|, eps) (B, D) (eq. 1)."""
+    """Return |v| (B, 1) and v / max(|v|, eps) (B, D) (eq. 1)."""
     norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     return norm, v / norm.clamp_min(NORM_EPS)
 

@@ -29,7 +29,7 @@ TILE_CLASSES = (1024, 32768)
 
 @dataclass(frozen=True)
 class TilePlan:
-    """How C classes are cut into tiles of T, and how many of them the forward keeps."""
+    """Says how C classes are cut into tiles of T, and how many of them the forward keeps."""
 
     batch: int
     classes: int
@@ -53,11 +53,11 @@ class TilePlan:
 
     @property
     def numel(self) -> int:
-        """Elements of the workspace: exponentials, their tiles' maxima, their classes' inverse norms."""
+        """Count the workspace's elements: exponentials, their tiles' maxima, their classes' inverse norms."""
         return self.kept * self.batch + self.kept_tiles * self.batch + self.kept
 
     def split(self, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The workspace as e (kept, B), tile_max (kept_tiles, B), inv (kept,)."""
+        """Split the workspace into e (kept, B), tile_max (kept_tiles, B), inv (kept,)."""
         sizes = [self.kept * self.batch, self.kept_tiles * self.batch, self.kept]
         e, tile_max, inv = workspace.split(sizes)
         return e.view(self.kept, self.batch), tile_max.view(self.kept_tiles, self.batch), inv
@@ -68,7 +68,7 @@ class TilePlan:
 
 
 class Centres:
-    """Tiles of w as contiguous (T, D) matrices of the compute dtype; copied only where they are not."""
+    """Yields tiles of w as contiguous (T, D) matrices of the compute dtype, copied only where needed."""
 
     def __init__(self, w: Tensor, class_subset: Tensor | None, dtype: torch.dtype, tile: int) -> None:
         self.w = w
@@ -92,7 +92,7 @@ class Centres:
 
 
 class CpuBackend:
-    """Tensors on the CPU, float64, float32, bfloat16, float16."""
+    """Serves tensors on the CPU in float64, float32, bfloat16 and float16."""
 
     name = "cpu"
 
@@ -111,7 +111,7 @@ class CpuBackend:
     def forward(
         self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
     ) -> Forward:
-        """Eqs. 2 to 4. Peak extra memory: a tile + the workspace + O(B·D).
+        """Compute eqs. 2 to 4. Peak extra memory: a tile + the workspace + O(B·D).
 
         A tile is at most 32 MB up to B = 8192.
         """
@@ -163,7 +163,7 @@ class CpuBackend:
         need_dx: bool,
         need_dw: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Eqs. 9 to 11. Peak extra memory beside dw: a tile of logits, O(B·D)."""
+        """Compute eqs. 9 to 11. Peak extra memory beside dw: a tile of logits, O(B·D)."""
         dtype = compute_dtype(x, w)
         classes = w.shape[0] if class_subset is None else class_subset.shape[0]
         plan = TilePlan.of(x.shape[0], x.shape[1], classes, dtype, request)
@@ -217,7 +217,7 @@ class CpuBackend:
         return dx, None if out is None else out.dw
 
     def topk(self, x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Streamed over tiles; peak extra memory: two tiles of cosines + O(B·(k + D))."""
+        """Stream over tiles; peak extra memory: two tiles of cosines + O(B·(k + D))."""
         dtype = compute_dtype(x, w)
         request = Request(scale=1.0, keep=False, workspace_bytes=0, find_hardest=False, product_dtype=None)
         plan = TilePlan.of(x.shape[0], x.shape[1], w.shape[0], dtype, request)
@@ -235,13 +235,13 @@ class CpuBackend:
 
 
 def _scratch(plan: TilePlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(T, B) of logits and (T,) of inverse norms for the tiles that are not kept; empty where all are."""
+    """Allocate (T, B) logits and (T,) inverse norms for tiles that are not kept; empty where all are."""
     rows = min(plan.tile, plan.classes - plan.kept)
     return pool.lend(rows * plan.batch, dtype).view(rows, plan.batch), pool.lend(rows, dtype)
 
 
 def _product_rows(xn: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(finite (B,), xn (B, D) in `dtype`): rows with NaN or Inf become 0, so that no other row meets them."""
+    """Return (finite (B,), xn (B, D) in `dtype`); rows with NaN or Inf become 0, so that none meets them."""
     finite = torch.isfinite(xn).all(dim=1)
     return finite, torch.where(finite[:, None], xn, 0.0).to(dtype)
 
@@ -251,7 +251,7 @@ def _nonzero(largest: Tensor) -> Tensor:
 
 
 def _combine(tile_max: Tensor, tile_sum: Tensor) -> Tensor:
-    """log l (B,) from the (tiles, B) maxima, in units of log 2, and sums; −inf where nothing was summed."""
+    """Combine (tiles, B) maxima, in units of log 2, and sums to log l (B,); −inf where nothing was summed."""
     if not tile_max.shape[0]:
         return tile_max.new_full(tile_max.shape[1:], -torch.inf)
     highest = tile_max.amax(dim=0)
@@ -263,7 +263,7 @@ def _combine(tile_max: Tensor, tile_sum: Tensor) -> Tensor:
 def _hardest(
     tile_max: Tensor, hardest: Tensor, plan: TilePlan, scale: float, class_subset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The largest negative cosine (B,) float64 and its class (B,), from each tile's."""
+    """Return the largest negative cosine (B,) float64 and its class (B,), from each tile's."""
     best, tile = tile_max.double().max(dim=0)
     classes = hardest.gather(0, tile[None])[0]
     positions = classes + tile * plan.tile
@@ -272,7 +272,7 @@ def _hardest(
 
 
 def _tangent_sums(pairs: Pairs, v: Tensor, g_theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Classes (K,), sorted, and Σ_{b: y_b=j} H_b·v_b/|w_j| (K, D) f64, the targets' share of dw (eq. 11)."""
+    """Return sorted classes (K,) and Σ_{b: y_b=j} H_b·v_b/|w_j| (K, D), the targets' share of dw (eq. 11)."""
     rows = torch.nonzero(pairs.y >= 0)[:, 0]
     classes, group = torch.unique(pairs.y[rows], return_inverse=True)
     pull = _weighted(g_theta[rows, None], v[rows] / pairs.w_norm[rows].clamp_min(NORM_EPS))
@@ -280,12 +280,12 @@ def _tangent_sums(pairs: Pairs, v: Tensor, g_theta: Tensor) -> tuple[Tensor, Ten
 
 
 def _weighted(weight: Tensor, v: Tensor) -> Tensor:
-    """weight·v, and 0 where the weight is 0, whatever v holds."""
+    """Return weight·v, and 0 where the weight is 0, whatever v holds."""
     return torch.where(weight == 0, 0.0, weight * v)
 
 
 def _input_gradient(pairs: Pairs, a: Tensor, u: Tensor, s_g: Tensor, g_theta: Tensor) -> Tensor:
-    """dx (B, D) float64 (eq. 10); rows shorter than eps get 0."""
+    """Return dx (B, D) float64 (eq. 10); rows shorter than eps get 0."""
     tangent = a - (a * pairs.xn).sum(1, keepdim=True) * pairs.xn
     pull = _weighted(s_g[:, None], tangent) - _weighted(g_theta[:, None], u)
     dx = pull / pairs.x_norm.clamp_min(NORM_EPS)
@@ -294,7 +294,7 @@ def _input_gradient(pairs: Pairs, a: Tensor, u: Tensor, s_g: Tensor, g_theta: Te
 
 
 class _WeightGradient:
-    """dw, written tile by tile: in place where dtype and layout allow, else through one tile's buffer.
+    """Collects dw tile by tile: in place where dtype and layout allow, else through one tile's buffer.
 
     (C_all, D), 0 outside the subset; with `sparse_grad` the subset's rows alone, (S, D).
     """
@@ -321,7 +321,7 @@ class _WeightGradient:
         self._buffer = pool.lend(rows * w.shape[1], dtype).view(rows, w.shape[1])
 
     def tile(self, start: int, stop: int) -> Tensor:
-        """Where the (T, D) product of classes start..stop goes."""
+        """Return where the (T, D) product of classes start..stop goes."""
         return self.dw[start:stop] if self.direct else self._buffer[: stop - start]
 
     def finish(self, start: int, stop: int) -> None:

@@ -30,7 +30,7 @@ def _load() -> ModuleType:
 
 
 def load_error() -> str | None:
-    """Why the extension does not load; None where it does."""
+    """Return why the extension does not load; None where it does."""
     try:
         _load()
     except ImportError as error:
@@ -39,7 +39,7 @@ def load_error() -> str | None:
 
 
 class Kernels:
-    """The extension's functions for one compute dtype, on contiguous CPU tensors of that dtype."""
+    """Offers the extension's functions for one compute dtype, on contiguous CPU tensors of that dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         extension = _load()

@@ -26,20 +26,20 @@ SMALL = 1 << 21
 
 @dataclass(frozen=True)
 class Products:
-    """One way to multiply matrices, and the tiles that suit it."""
+    """Describes one way to multiply matrices, and the tiles that suit it."""
 
     name: str
     owns_results: bool
     """Results come in memory of the library's own, (T, B) or (T, D), beside a copy of a transposed (T, B)."""
 
     def mm(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        """out = a·b for a (N, K), b (K, M), out (N, M), all of one dtype; returns out."""
+        """Set out = a·b for a (N, K), b (K, M), out (N, M), all of one dtype, and return it."""
         if not self.owns_results or a.numel() * b.shape[1] < SMALL:
             return torch.mm(a, b, out=out)
         return out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], ""))
 
     def tile(self, batch: int, features: int) -> int:
-        """Classes of a tile, before any limit."""
+        """Return the classes of a tile, before any limit."""
         if self.owns_results:
             return ONEDNN_TILE_ELEMENTS // (
                 batch + features
@@ -47,7 +47,7 @@ class Products:
         return TILE_ELEMENTS // max(batch, 1)
 
     def own_numel(self, batch: int, features: int, tile: int) -> int:
-        """Elements that the library holds beside operands and results while it multiplies."""
+        """Return how many elements the library holds beside operands and results while it multiplies."""
         return tile * (max(batch, features) + batch) if self.owns_results else 0
 
 
@@ -60,7 +60,7 @@ _chosen: list[Products] = []  # by `using`, the last one counts
 
 @contextlib.contextmanager
 def using(library: Products) -> Iterator[None]:
-    """Within, the library multiplies float32: to count and to compare. A backward must lie within as well."""
+    """Let the library multiply float32, to count and to compare; a backward must lie within as well."""
     _chosen.append(library)
     try:
         yield
@@ -69,7 +69,7 @@ def using(library: Products) -> Iterator[None]:
 
 
 def of(dtype: torch.dtype) -> Products:
-    """What multiplies fastest here: the same for a whole process, as a backward needs its forward's tiles."""
+    """Return what multiplies fastest, the same for a whole process: a backward needs its forward's tiles."""
     if dtype != torch.float32:
         return MM
     if _chosen:

@@ -51,7 +51,7 @@ class ReferenceBackend:
         scale: float,
         threshold: float,
     ) -> Forward:
-        """As `forward`, but with logit 0, without gradient, for a class whose cosine is above `threshold`.
+        """Do as `forward`, but with logit 0 and no gradient for a class whose cosine is above `threshold`.
 
         The target is never meant.
 
@@ -83,7 +83,7 @@ class ReferenceBackend:
 
 
 def _filtered_lse(xn: Tensor, centres: Tensor, y: Tensor, threshold: float, scale: float) -> Tensor:
-    """log Σ (B,) float64 over a tile's classes; y is counted from its first, and may lie outside."""
+    """Return log Σ (B,) float64 over a tile's classes; y is counted from its first, and may lie outside."""
     cos = xn @ reference.normalize(centres).T
     is_target = torch.arange(cos.shape[1], device=y.device) == y[:, None]
     cos = cos.masked_fill(cos > threshold, 0.0).masked_fill(is_target, -torch.inf)

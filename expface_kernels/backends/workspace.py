@@ -30,7 +30,7 @@ _taking = threading.RLock()  # reentrant: a buffer may come back, by garbage col
 
 
 def lend(numel: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised (numel,) tensor, 64-byte aligned, from the pool where that has one large enough."""
+    """Return an uninitialized (numel,) tensor, 64-byte aligned, from the pool if it has one so large."""
     nbytes = numel * dtype.itemsize
     buffer = _take(nbytes + _ALIGNMENT)
     offset = -buffer.ctypes.data % _ALIGNMENT
