@@ -161,7 +161,7 @@ def cosine_lse_backward(
     need_dw: bool,
     sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return dx (B, D) and dw (C_all, D), or (S, D) if sparse, in their inputs' dtypes; of size 0 if not needed."""
+    """Return dx (B, D) and dw (C_all, D), or (S, D) if sparse, in inputs' dtypes; of size 0 if not needed."""
     request = Request(scale.item(), True, workspace_bytes, False, product_dtype, sparse_grad)
     with torch.autocast(x.device.type, enabled=False):
         dx, dw = backends.serving_op(backend, x, w).backward(
