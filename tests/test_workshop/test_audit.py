@@ -36,7 +36,9 @@ def test_16_bit_kernels_are_clean_on_every_architecture(arch: str) -> None:
     shared = {f.kernel: f.shared for f in findings}
     for role in ("forward", "probability", "weight"):
         estimate = shared_bytes(role, getattr(tiles, role), setting)
-        assert 0.8 * estimate <= shared[autotune.KERNELS[role]] <= estimate + 64
+        # On gfx950 Triton 3.6 stages one copy less, in registers.
+        least = 0.4 if arch == "gfx950" else 0.8
+        assert least * estimate <= shared[autotune.KERNELS[role]] <= estimate + 64
 
 
 # What differs from the plain case: another operand, lists, an epilogue that stores E, maxima and the hardest
