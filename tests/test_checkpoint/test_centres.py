@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from expface_kernels import MarginSoftmaxHead
-from expface_kernels.checkpoint import centres_of, load_centres, open_centres, safetensors_file, save_centres
-from expface_kernels.checkpoint.live import _Part
-from expface_kernels.checkpoint.safetensors_file import Layout
-from expface_kernels.checkpoint.table import RowSpec
+from expface_kernels.checkpoint import centres_of, load_centres, open_centres, save_centres, table
+from expface_kernels.checkpoint.files import Layout
+from expface_kernels.checkpoint.table import RowSpec, Share
 from tests.test_checkpoint.trained import OPTIMIZERS, D, Head, assert_is_truth, fill_with_truth, truth
 
 C = 37
@@ -36,7 +35,7 @@ def saved(folder: Path, kind: str = "adamw", num_classes: int = C) -> Path:
 def test_centres_and_state_come_back_bit_by_bit(
     kind: str, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safetensors_file, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(table, "CHUNK_BYTES", chunk_bytes)
     path = saved(tmp_path, kind)
     head = Head(C)
     optimizer = OPTIMIZERS[kind](head.parameters())
@@ -275,8 +274,8 @@ def test_what_a_rank_says_of_its_share_arrives_as_it_was() -> None:
         "on": torch.tensor(True),
     }
     tensors = {"weight": RowSpec(torch.float16, (6,)), "flag": RowSpec(torch.uint8, ())}
-    part = _Part(3, None, tensors, values, "AdamW")
-    heard = _Part.heard(json.loads(json.dumps(part.told())))
+    part = Share(3, None, tensors, values, "AdamW")
+    heard = Share.from_json(json.loads(json.dumps(part.to_json())))
     assert heard._replace(values={}) == part._replace(values={})
     assert list(heard.values) == list(values)
     for name, value in values.items():

@@ -14,7 +14,7 @@ from torch import nn
 
 from expface_kernels import MarginSoftmaxHead
 from expface_kernels.checkpoint import load_sharded, save_sharded
-from expface_kernels.checkpoint.dcp_files import Planner, Reader
+from expface_kernels.checkpoint.sharded import Planner, Reader
 from tests.test_checkpoint.trained import OPTIMIZERS, D, Head, assert_is_truth, fill_with_truth
 
 C = 11
