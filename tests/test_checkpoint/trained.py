@@ -5,8 +5,10 @@ C classes · D features
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -109,3 +111,24 @@ def backbone() -> nn.Module:
 
 def model_of(num_classes: int, group: dist.ProcessGroup | None) -> nn.ModuleDict:
     return nn.ModuleDict({"backbone": backbone(), "head": Head(num_classes, group)})
+
+
+@contextlib.contextmanager
+def failing(owner: Any, name: str, here: bool = True, at_call: int = 1) -> Iterator[None]:
+    """Let one call of a method do its work and then raise OSError, where `here`."""
+    done, calls = getattr(owner, name), 0
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        result = done(*args, **kwargs)
+        calls += 1
+        if here and calls == at_call:
+            raise OSError(28, "No space left on device")
+        return result
+
+    setattr(owner, name, fail)
+    try:
+        yield
+    finally:
+        setattr(owner, name, done)
+    assert calls >= at_call
