@@ -113,6 +113,22 @@ def model_of(num_classes: int, group: dist.ProcessGroup | None) -> nn.ModuleDict
     return nn.ModuleDict({"backbone": backbone(), "head": Head(num_classes, group)})
 
 
+def assert_same(left: Any, right: Any) -> None:
+    assert type(left) is type(right)
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            assert_same(value, right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for ours, theirs in zip(left, right, strict=True):
+            assert_same(ours, theirs)
+    elif isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
 @contextlib.contextmanager
 def failing(owner: Any, name: str, here: bool = True, at_call: int = 1) -> Iterator[None]:
     """Let one call of a method do its work and then raise OSError, where `here`."""
