@@ -31,23 +31,24 @@ from tests.test_checkpoint.trained import (
 C = 37
 
 
-def saved(folder: Path, kind: str = "adamw", num_classes: int = C) -> Path:
-    head = Head(num_classes)
+def saved(folder: Path, kind: str = "adamw", dtype: torch.dtype = torch.float32, **metadata: str) -> Path:
+    head = Head(C, dtype=dtype)
     optimizer = OPTIMIZERS[kind](head.parameters())
-    fill_with_truth(head.weight, optimizer, 0, num_classes)
+    fill_with_truth(head.weight, optimizer, 0, C)
     path = folder / "centres.safetensors"
-    save_centres(path, head.weight, optimizer)
+    save_centres(path, head.weight, optimizer, metadata=metadata)
     return path
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("chunk_bytes", [1, 5 * D * 4, 2**24], ids=["row", "five rows", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_centres_and_state_come_back_bit_by_bit(
-    kind: str, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, chunk_bytes: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "CHUNK_BYTES", chunk_bytes)
-    path = saved(tmp_path, kind)
-    head = Head(C)
+    path = saved(tmp_path, kind, dtype)
+    head = Head(C, dtype=dtype)
     optimizer = OPTIMIZERS[kind](head.parameters())
     weight, storage = head.weight, head.weight.data_ptr()
     load_centres(path, head.weight, optimizer)
@@ -58,11 +59,7 @@ def test_centres_and_state_come_back_bit_by_bit(
 
 
 def test_the_plain_library_reads_the_file_and_its_metadata(tmp_path: Path) -> None:
-    head = Head(C)
-    optimizer = OPTIMIZERS["adamw"](head.parameters())
-    fill_with_truth(head.weight, optimizer, 0, C)
-    path = tmp_path / "centres.safetensors"
-    save_centres(path, head.weight, optimizer, metadata={"epoch": "3"})
+    path = saved(tmp_path, epoch="3")
     tensors = load_file(path)
     assert set(tensors) == {"weight", "optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.step"}
     assert torch.equal(tensors["weight"], truth("weight", C))
@@ -71,37 +68,6 @@ def test_the_plain_library_reads_the_file_and_its_metadata(tmp_path: Path) -> No
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"epoch": "3", "format": "pt", "optimizer": "AdamW"}
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # or mapped rows would not be aligned
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_every_dtype_of_centres_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
-    head = Head(C, dtype=dtype)
-    optimizer = OPTIMIZERS["adamw"](head.parameters())
-    fill_with_truth(head.weight, optimizer, 0, C)
-    save_centres(tmp_path / "file", head.weight, optimizer)
-    other = Head(C, dtype=dtype)
-    optimizer = OPTIMIZERS["adamw"](other.parameters())
-    load_centres(tmp_path / "file", other.weight, optimizer)
-    assert_is_truth(other.weight, optimizer, "adamw", 0, C)
-
-
-def test_training_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path) -> None:
-    def step(head: MarginSoftmaxHead, optimizer: torch.optim.Optimizer) -> None:
-        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
-        head(x, torch.arange(8)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    first = MarginSoftmaxHead(16, 20, seed=1)
-    optimizer = torch.optim.AdamW(first.parameters(), lr=0.01)
-    step(first, optimizer)
-    save_centres(tmp_path / "file", first.weight, optimizer)
-    step(first, optimizer)
-    second = MarginSoftmaxHead(16, 20, seed=2)
-    optimizer = torch.optim.AdamW(second.parameters(), lr=0.01)
-    load_centres(tmp_path / "file", second.weight, optimizer)
-    step(second, optimizer)
-    assert torch.equal(first.weight, second.weight)
 
 
 def test_centres_alone(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from expface_kernels import MarginSoftmaxHead
 from expface_kernels.checkpoint import load_sharded, optimizer_state, save_sharded
 from tests.test_checkpoint.trained import D, Head, assert_same
 
@@ -221,30 +220,3 @@ def test_a_step_that_fails_while_loading_costs_nothing(tmp_path: Path) -> None:
         return optimizer
 
     assert_refused(saved(tmp_path, two_groups), make, "no step today", RuntimeError)
-
-
-@pytest.mark.parametrize(("then", "now"), [(0.5, 1.0), (1.0, 0.5)])
-def test_sampling_may_be_switched_on_or_off_between_runs(then: float, now: float, tmp_path: Path) -> None:
-    """As by load_state_dict: a step that was saved is taken over, one that was not stays."""
-
-    def build(rate: float) -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
-        model = nn.ModuleDict({"head": MarginSoftmaxHead(D, 50, sample_rate=rate)})
-        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-    def step(model: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
-        model["head"](torch.randn(4, D), torch.arange(4)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    saved_by, loaded = build(then), build(now)
-    for _ in range(3):
-        step(*saved_by)
-    step(*loaded)
-    save_sharded(tmp_path / "saved", *saved_by)
-    load_sharded(tmp_path / "saved", *loaded)
-    head = loaded[0]["head"]
-    assert torch.equal(head.weight, saved_by[0]["head"].weight)
-    assert_same(loaded[1].state_dict()["state"], saved_by[1].state_dict()["state"])
-    assert head.sampling_step == (3 if then < 1 else 1)
-    step(*loaded)
-    assert head.sampling_step == (3 if then < 1 else 2)
