@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from expface_kernels.checkpoint.files import Layout, open_centres, written_whole
-from expface_kernels.checkpoint.optimizer_state import parameter_group, state_after_a_step, state_of
+from expface_kernels.checkpoint.optimizer_state import expected_state, parameter_group, state_of
 from expface_kernels.checkpoint.table import (
     STATE_PREFIX,
     WEIGHT,
@@ -188,7 +188,7 @@ def _check_state(table: CentreTable, weight: Tensor, optimizer: torch.optim.Opti
             f"{table.origin}: expected the state of {kind}, got none of it; pass optimizer=None for the "
             "centers alone"
         )
-    expected = set(present) or state_after_a_step(optimizer, parameter_group(weight, optimizer))
+    expected = expected_state(optimizer, parameter_group(weight, optimizer), [weight])
     # A file without state was saved before the first step.
     fits = _may_fit(type(optimizer), table.optimizer) if expected is None else expected == got
     if got and not fits:

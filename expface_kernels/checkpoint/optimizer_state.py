@@ -45,8 +45,12 @@ def parameter_group(weight: Tensor, optimizer: torch.optim.Optimizer) -> dict[st
     )
 
 
-def state_after_a_step(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> set[str] | None:
-    """Return the names of the state that an optimizer has after a step; None where that is not known here."""
+def expected_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]
+) -> set[str] | None:
+    """Return the names of the state that parameters have, or get by a step; None where that is not known."""
+    if names := {name for parameter in parameters for name in state_of(parameter, optimizer)}:
+        return names
     if type(optimizer) is torch.optim.SGD:
         return {"momentum_buffer"} if group["momentum"] else set()
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
@@ -55,11 +59,8 @@ def state_after_a_step(optimizer: torch.optim.Optimizer, group: dict[str, Any]) 
 
 
 @contextlib.contextmanager
-def put_back_on_failure(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+def put_back_on_failure(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Put the optimizer's state, gradients and hyperparameters back if the block raises."""
-    if optimizer is None:
-        yield
-        return
     state = dict(optimizer.state)
     gradients = [(parameter, parameter.grad) for parameter in _parameters(optimizer)]
     groups = [dict(group) for group in optimizer.param_groups]
@@ -202,13 +203,10 @@ def _about_state(
     starts = tuple(f"{OPTIMIZER}.{STATE}.{name}." for name in saved[NAMES])
     keys = metadata.state_dict_metadata
     got = {key.removeprefix(start) for start in starts for key in keys if key.startswith(start)}
-    told = f"the state that was saved is {sorted(got) if got else 'none'}"
+    text = f"the state that was saved is {sorted(got) if got else 'none'}"
     group = optimizer.param_groups[index]
-    kept = {name for parameter in group["params"] for name in state_of(parameter, optimizer)}
-    expected = kept or state_after_a_step(optimizer, group)
-    if not expected:
-        return told
-    return f"{told}, that of {type(optimizer).__name__} is {sorted(expected)}"
+    expected = expected_state(optimizer, group, group["params"])
+    return f"{text}, that of {type(optimizer).__name__} is {sorted(expected)}" if expected else text
 
 
 def _near(value: Any, ours: Any) -> Any:

@@ -7,6 +7,7 @@ run code.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -95,6 +96,7 @@ def save_sharded(
     group = Group(_process_group_of(model, process_group))
     with group.all_or_none("to save"):
         _refuse_existing(target)
+    with group.all_or_none("to save"):  # apart, since wrapped modules may talk to other ranks here
         state = _model_and_optimizer_to_save(model, optimizer)
     with written_whole(target, group) as temporary, group.all_or_none("to save"):
         _engine(dcp.save, state, group, storage_writer=dcp.FileSystemWriter(temporary))
@@ -130,7 +132,7 @@ def load_sharded(
     with group.all_or_none("to load"):
         metadata = _read_index(source)
         _check_files(source, metadata)
-    with put_back_on_failure(optimizer):
+    with contextlib.nullcontext() if optimizer is None else put_back_on_failure(optimizer):
         groups = None if optimizer is None else _read_groups(source, metadata, model, optimizer, group)
         with group.all_or_none("to load"):
             state = _state_to_fill(metadata, model, optimizer)
@@ -212,6 +214,7 @@ def _read_groups(
     saved = saved_groups(metadata)
     with group.all_or_none("to load"):
         check_count(source, saved, optimizer)
+    with group.all_or_none("to load"):
         ours = optimizer_to_save(model, optimizer)[GROUPS]
     _fill({OPTIMIZER: {GROUPS: saved}}, source, group)
     with group.all_or_none("to load"):
