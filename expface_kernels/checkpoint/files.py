@@ -26,7 +26,7 @@ from expface_kernels.checkpoint.table import DTYPES, STATE_PREFIX, WEIGHT, Centr
 from expface_kernels.distributed.group import Group
 from expface_kernels.distributed.ranges import ClassRange
 
-OPTIMIZER = "optimizer"  # key of the file's metadata: the optimizer's class
+OPTIMIZER_ENTRY = "optimizer"  # of the file's metadata: the optimizer's class
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ class SafetensorsTable(CentreTable):
                 tensors[ours] = RowSpec(DTYPES[code], row[1:])
             else:
                 raise ValueError(f"{self.origin}: {ours!r}: expected {shape[0]} rows, one a class, got {row}")
-        optimizer = (self._file.metadata() or {}).get(OPTIMIZER)
+        optimizer = (self._file.metadata() or {}).get(OPTIMIZER_ENTRY)
         super().__init__(self.origin, shape[0], tensors, values, optimizer)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -163,7 +163,7 @@ class Layout:
         names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
         entries = _strings(metadata) | {"format": "pt"}
         if table.optimizer is not None:
-            entries[OPTIMIZER] = table.optimizer
+            entries[OPTIMIZER_ENTRY] = table.optimizer
         header: dict[str, Any] = {"__metadata__": dict(sorted(entries.items()))}
         self.offsets: dict[str, int] = {}
         end = 0

@@ -80,22 +80,7 @@ def remap_classes(
             state whose fresh value is not known; a table that has only this rank's classes.
     """
     check_integer("seed", seed)
-    mapping = torch.as_tensor(old_class)
-    if mapping.dim() != 1 or mapping.numel() == 0:
-        raise ValueError(f"old_class: expected shape (C_new,), got {tuple(mapping.shape)}")
-    if mapping.dtype not in INTEGERS:
-        raise TypeError(f"old_class: expected an integer dtype, got {mapping.dtype}")
-    mapping = mapping.cpu().long()
-    least, most = int(mapping.min()), int(mapping.max())
-    if least < ADDED or most >= table.num_classes:
-        wrong = least if least < ADDED else most
-        raise ValueError(f"old_class: expected −1 or a class below {table.num_classes}, got {wrong}")
-    kept = mapping[mapping != ADDED]
-    classes, counts = kept.unique(return_counts=True)
-    if classes.numel() != kept.numel():
-        raise ValueError(
-            f"old_class: expected each class at most once, got {int(classes[counts > 1][0])} twice"
-        )
+    mapping = _checked_mapping(old_class, table.num_classes)
     if table.held.size != table.num_classes:
         raise ValueError(
             f"{table.origin}: expected a table of all {table.num_classes} classes, got this rank's "
@@ -107,6 +92,27 @@ def remap_classes(
         if name != WEIGHT and short not in fresh:
             raise ValueError(f"fresh_state: expected a value for {short!r}, got {dict(fresh_state or {})}")
     return RemappedTable(table, mapping, seed, fresh)
+
+
+def _checked_mapping(old_class: Tensor | Sequence[int], num_classes: int) -> Tensor:
+    """Return (C_new,) int64 on the CPU, in which each old class occurs at most once."""
+    mapping = torch.as_tensor(old_class)
+    if mapping.dim() != 1 or mapping.numel() == 0:
+        raise ValueError(f"old_class: expected shape (C_new,), got {tuple(mapping.shape)}")
+    if mapping.dtype not in INTEGERS:
+        raise TypeError(f"old_class: expected an integer dtype, got {mapping.dtype}")
+    mapping = mapping.cpu().long()
+    least, most = int(mapping.min()), int(mapping.max())
+    if least < ADDED or most >= num_classes:
+        wrong = least if least < ADDED else most
+        raise ValueError(f"old_class: expected −1 or a class below {num_classes}, got {wrong}")
+    kept = mapping[mapping != ADDED]
+    classes, counts = kept.unique(return_counts=True)
+    if classes.numel() != kept.numel():
+        raise ValueError(
+            f"old_class: expected each class at most once, got {int(classes[counts > 1][0])} twice"
+        )
+    return mapping
 
 
 class RemappedTable(CentreTable):

@@ -160,15 +160,12 @@ def _process_group_of(model: nn.Module, process_group: dist.ProcessGroup | None)
     if process_group is not None:
         return process_group
     meshes = {p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")}
+    wanted = "process_group: expected the group to save with, since"
     if any(mesh.ndim != 1 for mesh in meshes):
-        raise ValueError(
-            "process_group: expected the group to save with, since a mesh has several dimensions"
-        )
+        raise ValueError(f"{wanted} a mesh has several dimensions")
     groups = {mesh.get_group() for mesh in meshes}
     if len(groups) > 1:
-        raise ValueError(
-            f"process_group: expected the group to save with, since DTensors are in {len(groups)}"
-        )
+        raise ValueError(f"{wanted} DTensors are in {len(groups)}")
     return groups.pop() if groups else None
 
 

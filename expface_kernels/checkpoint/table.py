@@ -57,12 +57,12 @@ class RowSpec(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Return the bytes of one row."""
         return self.dtype.itemsize * math.prod(self.row)
 
 
 class CentreTable:
-    """Class centers and the optimizer state that goes with them, read by rows; the base of every source.
+    """Gives class centers and the optimizer state that goes with them by rows; the base of every source.
 
     Attributes:
         origin: what to call it in an error: a path, or "weight".
@@ -127,7 +127,7 @@ class LiveTable(CentreTable):
 
 
 class Share(NamedTuple):
-    """What one rank tells the others about its rows."""
+    """Says to the other ranks what one rank holds."""
 
     rows: int
     declared: int | None  # C, where a DTensor says so
