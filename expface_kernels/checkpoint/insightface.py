@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from expface_kernels.checkpoint.table import STATE_PREFIX, WEIGHT, CentreTable, RowSpec
-from expface_kernels.distributed.ranges import ClassRange, insightface_ranges
+from expface_kernels.distributed.ranges import insightface_ranges
 
-FILE_NAME = re.compile(r"(?:softmax_fc_gpu|checkpoint_gpu)_(\d+)\.pt")
+FILE_NAME = re.compile(r"(softmax_fc_gpu|checkpoint_gpu)_(\d+)\.pt")
 HEAD_KEY = "state_dict_softmax_fc"
 OPTIMIZER_KEY = "state_optimizer"
 
@@ -58,33 +58,23 @@ def open_insightface(
             f"{paths[0].parent}: expected {expected} classes in the files, InsightFace's split of {total}, "
             f"got {sizes}: one is missing, of another training, or out of order"
         )
-    return InsightFaceTable(paths, parts)
+    return InsightFaceTable(str(paths[0].parent), parts)
 
 
 class InsightFaceTable(CentreTable):
-    """The rows of all ranks' files; see `open_insightface`."""
+    """Reads the rows from all ranks' files; see `open_insightface`."""
 
-    def __init__(self, paths: list[Path], parts: list[dict[str, Tensor]]) -> None:
-        self.origin = str(paths[0].parent)
+    def __init__(self, origin: str, parts: list[dict[str, Tensor]]) -> None:
         self._parts = parts
         self._ranges = insightface_ranges(sum(part[WEIGHT].shape[0] for part in parts), len(parts))
-        self.num_classes = self._ranges[-1].stop
-        self.held = ClassRange(0, self.num_classes)
-        self.tensors = {
-            name: RowSpec(value.dtype, tuple(value.shape[1:]))
-            for name, value in parts[0].items()
-            if value.dim()
-        }
-        self.values = {name: value for name, value in parts[0].items() if not value.dim()}
-        self.optimizer = "InsightFace's optimizer" if len(parts[0]) > 1 else None
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        pieces = []
-        for part, held in zip(self._parts, self._ranges, strict=True):
-            low, high = max(start, held.start), min(stop, held.stop)
-            if low < high:
-                pieces.append(part[name][low - held.start : high - held.start])
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        first = parts[0].items()
+        super().__init__(
+            origin,
+            self._ranges[-1].stop,
+            {name: RowSpec(value.dtype, tuple(value.shape[1:])) for name, value in first if value.dim()},
+            {name: value for name, value in first if not value.dim()},
+            "InsightFace's optimizer" if len(first) > 1 else None,
+        )
 
     def take(self, name: str, classes: Tensor) -> Tensor:
         dtype, row = self.tensors[name]
@@ -103,11 +93,10 @@ def _rank_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     directory = Path(source)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: expected a directory, or a list of files in order of ranks")
-    found = {path: FILE_NAME.fullmatch(path.name) for path in sorted(directory.iterdir())}
     by_kind: dict[str, dict[int, Path]] = {}
-    for path, match in found.items():
-        if match is not None:
-            by_kind.setdefault(path.name.rsplit("_", 1)[0], {})[int(match[1])] = path
+    for path in directory.iterdir():
+        if match := FILE_NAME.fullmatch(path.name):
+            by_kind.setdefault(match[1], {})[int(match[2])] = path
     if len(by_kind) != 1:
         raise ValueError(
             f"{directory}: expected files softmax_fc_gpu_0.pt, … or checkpoint_gpu_0.pt, …, got "
@@ -123,7 +112,7 @@ def _rank_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    """One rank's tensors by our names."""
+    """Return one rank's tensors by our names."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if not zipfile.is_zipfile(path):
@@ -139,7 +128,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _head_state(optimizer: dict[str, Any], weight: Tensor) -> dict[str, Tensor]:
-    """The state of the head's parameter: the last that is alone in its group and of the weight's shape."""
+    """Find the state of the head's parameter: the last alone in its group and of the weight's shape."""
     for group in reversed(optimizer["param_groups"]):
         indices = group["params"]
         state = optimizer["state"].get(indices[0], {}) if len(indices) == 1 else {}
@@ -155,7 +144,7 @@ def _head_state(optimizer: dict[str, Any], weight: Tensor) -> dict[str, Tensor]:
 
 
 def _check_same(first: dict[str, Tensor], part: dict[str, Tensor], path: Path) -> None:
-    """D, dtypes, which state there is, and its numbers, as in rank 0's file."""
+    """Check that D, dtypes, state and its numbers are those of rank 0's file."""
 
     def show(tensors: dict[str, Tensor]) -> dict[str, object]:
         return {

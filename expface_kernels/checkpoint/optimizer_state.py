@@ -1,4 +1,4 @@
-"""An optimizer's part of a whole checkpoint: got out of it and put in without a trace elsewhere.
+"""An optimizer's state: of one weight, and as a part of a whole checkpoint, with no side effects.
 
 torch makes up a state by a step at learning rate 0 wherever there is none, drops gradients for it, and leaves
 both and the learning rates as they are if that step fails. Here everything is put back.
@@ -20,8 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from expface_kernels.checkpoint.live import state_of, state_that_comes
-
 OPTIMIZER = "optimizer"  # its entries in a checkpoint begin so
 STATE = "state"
 GROUPS = "param_groups"
@@ -30,12 +28,39 @@ NAMES = "params"  # of a group: the names of its parameters
 Groups = list[dict[str, Any]]
 
 
+def state_of(weight: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state of `weight` by name, without what is None; ValueError if it is not trained."""
+    parameter_group(weight, optimizer)
+    state = optimizer.state.get(weight, {})
+    return {name: value for name, value in state.items() if value is not None}
+
+
+def parameter_group(weight: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the optimizer's group that holds `weight`."""
+    for group in optimizer.param_groups:
+        if any(parameter is weight for parameter in group["params"]):
+            return group
+    raise ValueError(
+        f"optimizer: expected one that trains weight, got a {type(optimizer).__name__} without it"
+    )
+
+
+def expected_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]
+) -> set[str] | None:
+    """Return the names of the state that parameters have, or get by a step; None where that is not known."""
+    if names := {name for parameter in parameters for name in state_of(parameter, optimizer)}:
+        return names
+    if type(optimizer) is torch.optim.SGD:
+        return {"momentum_buffer"} if group["momentum"] else set()
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        return {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
+    return None
+
+
 @contextlib.contextmanager
-def put_back_on_failure(optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """If the block raises, the optimizer's state, gradients and hyperparameters become what they were."""
-    if optimizer is None:
-        yield
-        return
+def put_back_on_failure(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put the optimizer's state, gradients and hyperparameters back if the block raises."""
     state = dict(optimizer.state)
     gradients = [(parameter, parameter.grad) for parameter in _parameters(optimizer)]
     groups = [dict(group) for group in optimizer.param_groups]
@@ -53,7 +78,7 @@ def put_back_on_failure(optimizer: torch.optim.Optimizer | None) -> Iterator[Non
 
 
 def optimizer_to_save(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """State and groups under the names of parameters; the state is empty before the first step.
+    """Return state and groups under the names of parameters; the state is empty before the first step.
 
     ValueError for a parameter that `model` does not have.
     """
@@ -71,7 +96,7 @@ def optimizer_to_save(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def saved_groups(metadata: Metadata) -> Groups:
-    """The checkpoint's groups, with room for their values, which are not in its index but in its files."""
+    """Return the checkpoint's groups, with room for their values, which are in its files."""
     prefix = f"{OPTIMIZER}.{GROUPS}."
     groups: dict[int, dict[str, Any]] = {}
     for key, entry in metadata.state_dict_metadata.items():
@@ -87,7 +112,7 @@ def saved_groups(metadata: Metadata) -> Groups:
 
 
 def check_count(source: Path, saved: Groups, optimizer: torch.optim.Optimizer) -> None:
-    """ValueError unless the checkpoint has as many groups of parameters."""
+    """Raise ValueError unless the checkpoint has as many groups of parameters."""
     expected, got = len(optimizer.param_groups), len(saved)
     if expected != got:
         hint = "" if got else "; it was saved without an optimizer"
@@ -97,10 +122,10 @@ def check_count(source: Path, saved: Groups, optimizer: torch.optim.Optimizer) -
         )
 
 
-def in_order(
+def ordered_groups(
     source: Path, saved: Groups, ours: Groups, metadata: Metadata, optimizer: torch.optim.Optimizer
 ) -> Groups:
-    """The checkpoint's groups in the order of the optimizer's, for each the one with the same parameters.
+    """Order the checkpoint's groups as the optimizer's, for each the one with the same parameters.
 
     What a group has besides ours, such as a scheduler's initial_lr, comes along. ValueError where parameters
     are grouped otherwise, or a hyperparameter is missing.
@@ -128,7 +153,7 @@ def in_order(
 
 
 def state_to_fill(metadata: Metadata, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A made-up state of each parameter that has one in the checkpoint, for the engine to write into.
+    """Make up a state of each parameter that has one in the checkpoint, for the engine to write into.
 
     The optimizer's own state and gradients are dropped.
     """
@@ -174,21 +199,18 @@ def _has_state(metadata: Metadata, name: str) -> bool:
 def _about_state(
     metadata: Metadata, saved: dict[str, Any], optimizer: torch.optim.Optimizer, index: int
 ) -> str:
-    """What a saved group has of an optimizer's state, and what ours keeps, where that is known."""
+    """Describe what a saved group has of an optimizer's state, and what ours keeps, where that is known."""
     starts = tuple(f"{OPTIMIZER}.{STATE}.{name}." for name in saved[NAMES])
     keys = metadata.state_dict_metadata
     got = {key.removeprefix(start) for start in starts for key in keys if key.startswith(start)}
-    told = f"the state that was saved is {sorted(got) if got else 'none'}"
+    text = f"the state that was saved is {sorted(got) if got else 'none'}"
     group = optimizer.param_groups[index]
-    kept = {name for parameter in group["params"] for name in state_of(parameter, optimizer)}
-    expected = kept or state_that_comes(optimizer, group)
-    if not expected:
-        return told
-    return f"{told}, that of {type(optimizer).__name__} is {sorted(expected)}"
+    expected = expected_state(optimizer, group, group["params"])
+    return f"{text}, that of {type(optimizer).__name__} is {sorted(expected)}" if expected else text
 
 
 def _near(value: Any, ours: Any) -> Any:
-    """A number that the optimizer keeps in a tensor goes where that tensor is."""
+    """Move a number that the optimizer keeps in a tensor to where that tensor is."""
     return value.to(ours.device) if isinstance(value, Tensor) and isinstance(ours, Tensor) else value
 
 

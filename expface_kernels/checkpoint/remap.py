@@ -1,4 +1,4 @@
-"""Other classes than before: added, dropped, reordered, with the optimizer state of those that stay.
+"""Remapping of classes: added, dropped and reordered, with the optimizer state of those that stay.
 
 C classes, all of them · D features
 """
@@ -13,7 +13,6 @@ from torch import Tensor
 from expface_kernels.checkpoint.table import STATE_PREFIX, WEIGHT, CentreTable
 from expface_kernels.checks import INTEGERS, check_integer
 from expface_kernels.distributed.module import INIT_STD
-from expface_kernels.distributed.ranges import ClassRange
 from expface_kernels.distributed.sampling import mixed_seed
 
 ADDED = -1
@@ -32,11 +31,11 @@ FRESH_STATE = {
 # ranks read it nor on where they cut.
 BLOCK = 1024
 SALT = int.from_bytes(b"remapped", "big")
-"""Goes into a block's seed: a head draws its first centres in blocks too, and none may be another's."""
+"""Goes into a block's seed: a head draws its first centers in blocks too, and none may be another's."""
 
 
 def class_mapping(old: Sequence[Hashable], new: Sequence[Hashable]) -> Tensor:
-    """The mapping for `remap_classes` from the names of the old classes and of the new, each in label order.
+    """Make the mapping for `remap_classes` from the names of old and new classes, each in label order.
 
     Returns (C_new,) int64: the old class of the same name, −1 where there is none. ValueError where a name
     occurs twice.
@@ -46,7 +45,7 @@ def class_mapping(old: Sequence[Hashable], new: Sequence[Hashable]) -> Tensor:
 
 
 def _labels(argument: str, names: Sequence[Hashable]) -> dict[Hashable, int]:
-    """The label of each name, in their order."""
+    """Return the label of each name, in their order."""
     labels: dict[Hashable, int] = {}
     for label, name in enumerate(names):
         if labels.setdefault(name, label) != label:
@@ -61,14 +60,14 @@ def remap_classes(
     seed: int = 0,
     fresh_state: Mapping[str, float] | None = None,
 ) -> RemappedTable:
-    """A table with other classes than `table`, made when its rows are read.
+    """Make a table with other classes than `table`, whose rows are made when they are read.
 
     Args:
         table: from `open_centres`, `open_insightface` or `centres_of`.
         old_class: (C_new,) integers: which class of `table` each new class was, −1 for one that is added.
             Each old class at most once; those not named are dropped. `class_mapping` makes it from names.
-        seed: of the added centres, normal(0, 0.01): the same ones however many ranks read them, and others
-            than any seed draws for a new head. The same seed and new class give the same centre again: where
+        seed: of the added centers, normal(0, 0.01): the same ones however many ranks read them, and others
+            than any seed draws for a new head. The same seed and new class give the same center again: where
             classes were added to `table` before and moved since, give another.
         fresh_state: by name, what an added class's optimizer state holds. Known are torch's SGD, Adam, AdamW,
             Adamax, RMSprop and Adadelta, all of which start with 0; needed for any other.
@@ -81,26 +80,11 @@ def remap_classes(
             state whose fresh value is not known; a table that has only this rank's classes.
     """
     check_integer("seed", seed)
-    mapping = torch.as_tensor(old_class)
-    if mapping.dim() != 1 or mapping.numel() == 0:
-        raise ValueError(f"old_class: expected shape (C_new,), got {tuple(mapping.shape)}")
-    if mapping.dtype not in INTEGERS:
-        raise TypeError(f"old_class: expected an integer dtype, got {mapping.dtype}")
-    mapping = mapping.cpu().long()
-    least, most = int(mapping.min()), int(mapping.max())
-    if least < ADDED or most >= table.num_classes:
-        wrong = least if least < ADDED else most
-        raise ValueError(f"old_class: expected −1 or a class below {table.num_classes}, got {wrong}")
-    kept = mapping[mapping != ADDED]
-    classes, counts = kept.unique(return_counts=True)
-    if classes.numel() != kept.numel():
-        raise ValueError(
-            f"old_class: expected each class at most once, got {int(classes[counts > 1][0])} twice"
-        )
+    mapping = _checked_mapping(old_class, table.num_classes)
     if table.held.size != table.num_classes:
         raise ValueError(
             f"{table.origin}: expected a table of all {table.num_classes} classes, got this rank's "
-            f"{table.held.size}; save the centres, then remap the file"
+            f"{table.held.size}; save the centers, then remap the file"
         )
     fresh = FRESH_STATE | dict(fresh_state or {})
     for name in table.tensors:
@@ -110,23 +94,37 @@ def remap_classes(
     return RemappedTable(table, mapping, seed, fresh)
 
 
+def _checked_mapping(old_class: Tensor | Sequence[int], num_classes: int) -> Tensor:
+    """Return (C_new,) int64 on the CPU, in which each old class occurs at most once."""
+    mapping = torch.as_tensor(old_class)
+    if mapping.dim() != 1 or mapping.numel() == 0:
+        raise ValueError(f"old_class: expected shape (C_new,), got {tuple(mapping.shape)}")
+    if mapping.dtype not in INTEGERS:
+        raise TypeError(f"old_class: expected an integer dtype, got {mapping.dtype}")
+    mapping = mapping.cpu().long()
+    least, most = int(mapping.min()), int(mapping.max())
+    if least < ADDED or most >= num_classes:
+        wrong = least if least < ADDED else most
+        raise ValueError(f"old_class: expected −1 or a class below {num_classes}, got {wrong}")
+    kept = mapping[mapping != ADDED]
+    classes, counts = kept.unique(return_counts=True)
+    if classes.numel() != kept.numel():
+        raise ValueError(
+            f"old_class: expected each class at most once, got {int(classes[counts > 1][0])} twice"
+        )
+    return mapping
+
+
 class RemappedTable(CentreTable):
-    """The rows of another table under new class ids; see `remap_classes`."""
+    """Reads the rows of another table under new class ids; see `remap_classes`."""
 
     def __init__(self, table: CentreTable, old_class: Tensor, seed: int, fresh: Mapping[str, float]) -> None:
-        self.num_classes = old_class.numel()
-        self.tensors = table.tensors
-        self.values = table.values
-        self.optimizer = table.optimizer
-        self.held = ClassRange(0, self.num_classes)
-        self.origin = f"{table.origin} (remapped)"
+        origin, count = f"{table.origin} (remapped)", old_class.numel()
+        super().__init__(origin, count, table.tensors, table.values, table.optimizer)
         self._table = table
         self._old_class = old_class
         self._seed = seed
         self._fresh = fresh
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.take(name, torch.arange(start, stop))
 
     def take(self, name: str, classes: Tensor) -> Tensor:
         old = self._old_class[classes]
@@ -141,7 +139,7 @@ class RemappedTable(CentreTable):
         return out
 
     def _draw(self, out: Tensor, added: Tensor, classes: Tensor) -> None:
-        """First centres into the rows of `out` where `added`, which are the new `classes`."""
+        """Draw first centers into the rows of `out` where `added`, which are the new `classes`."""
         blocks = classes // BLOCK
         for block in blocks[added].unique().tolist():
             generator = torch.Generator().manual_seed(mixed_seed(self._seed, SALT, block))

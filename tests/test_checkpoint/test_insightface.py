@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,15 @@ from torch import nn
 
 from expface_kernels.checkpoint import load_centres, open_insightface, save_centres
 from expface_kernels.distributed.ranges import insightface_ranges
-from tests.test_checkpoint.trained import OPTIMIZERS, D, Head, assert_is_truth, fill_with_truth, truth
+from tests.test_checkpoint.trained import (
+    OPTIMIZERS,
+    D,
+    Exploit,
+    Head,
+    assert_is_truth,
+    fill_with_truth,
+    truth,
+)
 
 
 def write(folder: Path, num_classes: int, world_size: int) -> list[Path]:
@@ -70,72 +77,63 @@ def test_the_state_of_the_head_comes_along(kind: str, tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "merged.safetensors")["weight"], truth("weight", 10))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def harmed(paths: list[Path], name: str) -> None:
+    """What may happen to the four files of ten classes."""
+    if name == "missing":
+        paths[2].unlink()
+    elif name == "last missing":
+        paths[3].unlink()
+    elif name == "wide":
+        torch.save({"weight": torch.zeros(2, D + 1)}, paths[3])
+    elif name == "truncated":
+        paths[0].write_bytes(paths[0].read_bytes()[:-100])
+    elif name == "both kinds":
+        write_with_state(paths[0].parent, "sgd", 10, 1)
+    elif name == "none":
+        for path in paths:
+            path.unlink()
+    else:
+        contents = {"key": {"weights": torch.zeros(2, D)}, "shape": {"weight": torch.zeros(2)}}
+        torch.save(contents.get(name, torch.zeros(2, D)), paths[0])
+
+
+@pytest.mark.parametrize(
+    ("harm", "error", "message"),
+    [
+        ("missing", FileNotFoundError, r"gpu_0.pt to softmax_fc_gpu_3.pt, got none for ranks \[2"),
+        ("last missing", ValueError, "expected 10 classes, got 8 in 3 files"),
+        ("wide", ValueError, r"softmax_fc_gpu_3.pt: expected .*\(6,\).* got .*\(7,\)"),
+        ("truncated", ValueError, "gpu_0.pt: .*got one truncated or of another kind"),
+        ("both kinds", ValueError, "got both; pass a list of files"),
+        ("none", ValueError, "got neither; pass a list of files"),
+        ("key", ValueError, r"expected a state dict .* got \['weights'\]"),
+        ("shape", ValueError, r"expected a state dict .* got \['weight'\]"),
+        ("tensor", ValueError, "expected a state dict .* got Tensor"),
+    ],
+)
+def test_a_damaged_directory_is_refused(
+    harm: str, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    harmed(write(tmp_path, 10, 4), harm)
+    with pytest.raises(error, match=message):
+        open_insightface(tmp_path, num_classes=10)
+
+
+def test_files_that_are_named_one_by_one(tmp_path: Path) -> None:
     paths = write(tmp_path, 10, 4)
-    paths[2].rename(tmp_path / "away.pt")
-    with pytest.raises(
-        FileNotFoundError, match=r"softmax_fc_gpu_0.pt to softmax_fc_gpu_3.pt, got none for ranks \[2"
-    ):
-        open_insightface(tmp_path)
+    with pytest.raises(ValueError, match=r"expected \[3, 3, 2, 2\] .* got \[2, 2, 3, 3\]"):
+        open_insightface(paths[::-1])
+    head = Head(10)
+    with pytest.raises(ValueError, match="expected 10 classes as in weight, got 8"):
+        load_centres(open_insightface(paths[:3]), head.weight)
+    assert not head.weight.any()
+    paths[2].unlink()
     with pytest.raises(FileNotFoundError, match=r"softmax_fc_gpu_2.pt: no such file"):
         open_insightface(paths)
     with pytest.raises(FileNotFoundError, match="nowhere: expected a directory"):
         open_insightface(tmp_path / "nowhere")
-
-
-def test_a_missing_last_file_shows_in_the_count(tmp_path: Path) -> None:
-    write(tmp_path, 10, 4)[3].unlink()
-    with pytest.raises(ValueError, match="expected 10 classes, got 8 in 3 files"):
-        open_insightface(tmp_path, num_classes=10)
-    head = Head(10)
-    with pytest.raises(ValueError, match="expected 10 classes as in weight, got 8"):
-        load_centres(open_insightface(tmp_path), head.weight)
-    assert not head.weight.any()
-
-
-def test_files_out_of_order_or_of_another_split_are_refused(tmp_path: Path) -> None:
-    paths = write(tmp_path, 10, 4)
-    with pytest.raises(ValueError, match=r"expected \[3, 3, 2, 2\] .* got \[2, 2, 3, 3\]"):
-        open_insightface(paths[::-1])
-    torch.save({"weight": torch.zeros(2, D + 1)}, paths[3])
-    with pytest.raises(ValueError, match=r"softmax_fc_gpu_3.pt: expected .*\(6,\).* got .*\(7,\)"):
-        open_insightface(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"weights": torch.zeros(2, D)}, r"expected a state dict .* got \['weights'\]"),
-        ({"weight": torch.zeros(2)}, r"expected a state dict .* got \['weight'\]"),
-        (torch.zeros(2, D), "expected a state dict .* got Tensor"),
-    ],
-    ids=["key", "shape", "tensor"],
-)
-def test_files_that_hold_something_else_are_refused(content: Any, message: str, tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "softmax_fc_gpu_0.pt")
-    with pytest.raises(ValueError, match=message):
-        open_insightface(tmp_path)
-
-
-def test_truncated_empty_and_ambiguous_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got neither; pass a list of files"):
-        open_insightface(tmp_path)
     with pytest.raises(ValueError, match="source: expected a directory or at least one file"):
         open_insightface([])
-    path = write(tmp_path, 10, 1)[0]
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="got one truncated or of another kind"):
-        open_insightface(tmp_path)
-    write_with_state(tmp_path, "sgd", 10, 1)
-    with pytest.raises(ValueError, match="got both; pass a list of files"):
-        open_insightface(tmp_path)
-
-
-class Exploit:
-    """What a hostile file holds."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("ran"),))
 
 
 def test_a_file_with_code_does_not_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,11 @@ C classes · D features
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,6 +103,13 @@ def assert_is_truth(
             assert torch.equal(local(value), truth(name, num_classes, rows.dtype)[start:stop]), name
 
 
+class Exploit:
+    """What a hostile file holds: unpickled, it makes a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
 def backbone() -> nn.Module:
     made = nn.Linear(3, D)
     with torch.no_grad():
@@ -109,3 +119,40 @@ def backbone() -> nn.Module:
 
 def model_of(num_classes: int, group: dist.ProcessGroup | None) -> nn.ModuleDict:
     return nn.ModuleDict({"backbone": backbone(), "head": Head(num_classes, group)})
+
+
+def assert_same(left: Any, right: Any) -> None:
+    assert type(left) is type(right)
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            assert_same(value, right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for ours, theirs in zip(left, right, strict=True):
+            assert_same(ours, theirs)
+    elif isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+@contextlib.contextmanager
+def failing(owner: Any, name: str, here: bool = True, at_call: int = 1) -> Iterator[None]:
+    """Let one call of a method do its work and then raise OSError, where `here`."""
+    done, calls = getattr(owner, name), 0
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        result = done(*args, **kwargs)
+        calls += 1
+        if here and calls == at_call:
+            raise OSError(28, "No space left on device")
+        return result
+
+    setattr(owner, name, fail)
+    try:
+        yield
+    finally:
+        setattr(owner, name, done)
+    assert calls >= at_call
