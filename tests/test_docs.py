@@ -32,11 +32,14 @@ class Halved:
 NUMBER = re.compile(r"[\d.,]+(?:e[-+]?\d+)?")
 
 
-def blocks(file: str, language: str) -> list[str]:
-    """Return the fenced blocks of a page."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / file).read_text(), re.MULTILINE | re.DOTALL)
+def blocks(file: str, language: str, section: str = "") -> list[str]:
+    """Return the fenced blocks of a page, or of its section of that name."""
+    text = (ROOT / file).read_text()
+    if section:
+        text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     found = [block for name, block in fenced if name == language]
-    assert found, f"{file}: no {language or 'plain'} block"
+    assert found, f"{file}: no {language or 'plain'} block in {section or 'it'}"
     return found
 
 
