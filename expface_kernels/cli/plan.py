@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from expface_kernels import machine
-from expface_kernels.cli.common import add_json, console, gigabytes, table, write_json
-from expface_kernels.cli.numbers import byte_count, count
+from expface_kernels.checks import DTYPES
+from expface_kernels.commands import add_json, byte_count, console, count, gigabytes, table, write_json
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.plan import DEVICES, OPTIMIZERS, Advice, Job, Plan, Rates, advise, calibrate, plan
-from expface_kernels.plan.job import AUTOCASTS, DTYPES
+from expface_kernels.plan.job import AUTOCASTS
 from expface_kernels.plan.memory import gpu_of, tiles_of
 
 SCHEMA = 1
