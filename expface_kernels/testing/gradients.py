@@ -27,13 +27,13 @@ from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, margin_cross_ent
 from expface_kernels.margins import ExpFace, MarginFunction
 from expface_kernels.options import LossOptions
 from expface_kernels.testing import policy
+from expface_kernels.testing.baselines import Results, backward, eager, eager_margin, leaves, truth
 from expface_kernels.testing.batches import KINDS, batch
 from expface_kernels.testing.differences import difference_error, frozen, slope_error
-from expface_kernels.testing.yardsticks import Results, backward, eager, eager_margin, leaves, truth
 
 NAMES = ("loss", "dx", "dw")
 DEFAULT_KINDS = ("random", "near_centre", "opposite", "learnt", "spread")
-YARDSTICK_DRAWS = 3
+BASELINE_DRAWS = 3
 """Batches over which eager's error is taken, the worst of them: in a single one it may be small by luck."""
 
 LossFunction = Callable[..., Tensor]
@@ -115,9 +115,9 @@ class _Setting:
 
     margin: MarginFunction
     eager_margin: MarginFunction
-    """As the textbook calls it."""
+    """As the naive loss calls it."""
     eager_psi: torch.dtype
-    """What the textbook computes psi in."""
+    """What the naive loss computes psi in."""
     target_gradient: str
     scale: float
     dtype: torch.dtype
@@ -195,15 +195,15 @@ def check_gradients(
         function: a loss of your own in place of `margin_cross_entropy`, called with the same arguments less
             `backend`.
 
-    For each batch: loss, dx and dw by their norms, beside what the textbook loss makes in the same dtype; the
+    For each batch: loss, dx and dw by their norms, beside what the naive loss makes in the same dtype; the
     worst row of loss and of dx, each row by its own norm, with its target angle; and, in float64, the
     gradient against finite differences of its own loss (for "detached" of the loss whose slope it is; where
     the backend has no float64, those of the reference). For "exact" also the margin's slope against
     differences of psi, at the rows' angles and on a grid over (0, π), with the worst angle: "detached" does
     not use it.
 
-    A margin need only take float64 angles, as the package calls it. For one that takes no others the textbook
-    computes psi in float64, and the report's setting says so ("eager_psi").
+    A margin need only take float64 angles, as the package calls it. For one that takes no others the naive
+    loss computes psi in float64, and the report's setting says so ("eager_psi").
 
     A margin may jump or bend: rows close by are left out of the finite differences, and psi's own are taken
     from both sides.
@@ -253,7 +253,7 @@ def _check_batch(setting: _Setting, kind: str) -> BatchReport:
     # A loss is computed and handed out in float32 at least.
     dtypes = (torch.promote_types(setting.dtype, torch.float32), setting.dtype, setting.dtype)
     quantities = []
-    for i, (name, eager_error) in enumerate(zip(NAMES, _yardstick(setting, kind), strict=True)):
+    for i, (name, eager_error) in enumerate(zip(NAMES, _baseline(setting, kind), strict=True)):
         verdict = policy.judge(got[i], scaled[i], eager=eager_error, dtype=dtypes[i])
         quantities.append(Quantity(name, verdict.error, eager_error, verdict.limit, verdict.passed))
     theta = reference.pair_angle(x, w[y]).detach()
@@ -283,12 +283,12 @@ def _eager(setting: _Setting, x: Tensor, w: Tensor, y: Tensor, factor: float) ->
     )
 
 
-def _yardstick(setting: _Setting, kind: str) -> tuple[float | None, ...]:
+def _baseline(setting: _Setting, kind: str) -> tuple[float | None, ...]:
     """Eager's worst errors of loss, dx, dw over some batches; None for the reference, which is eager."""
     if setting.backend == "reference" and setting.function is None:
         return None, None, None
     worst = [0.0, 0.0, 0.0]
-    for draw in range(YARDSTICK_DRAWS):
+    for draw in range(BASELINE_DRAWS):
         x, w, y, right = _drawn(setting, kind, setting.seed + draw)
         factor = _factor(right, setting.dtype)
         scaled = (right[0], factor * right[1], factor * right[2])
