@@ -24,7 +24,7 @@ from bench.records import Header, Run, Writer, folder, load
 from bench.report import print_run
 from bench.runner import Plan, Runner
 from expface_kernels.checks import LARGEST_TENSOR
-from expface_kernels.cli.numbers import byte_count, count
+from expface_kernels.commands import byte_count, count
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expface_kernels.checks import FLOATS
+from expface_kernels.checks import DTYPES
 from expface_kernels.margin_spec import MARGINS
 from expface_kernels.margins import TARGET_GRADIENTS, MarginFunction
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 DEVICES = ("cpu", "cuda")
 AUTOCASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -7,9 +7,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
 
 from expface_kernels import __version__
+from expface_kernels.commands import Parser
 
 PROGRAM = "python -m expface_kernels"
 # Name → module with add_parser(subparsers) and main(options) -> int, loaded when it is called; its summary.
@@ -21,13 +21,6 @@ COMMANDS = {
 }
 EXTRA = "cli"
 """What installs the packages that only the commands need."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

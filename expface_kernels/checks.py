@@ -25,6 +25,7 @@ SCALE_RANGE = 1e-6, 1e6
 LARGEST_INTEGER = 2**63 - 1  # that an op of torch takes
 LARGEST_TENSOR = 2**59  # numbers of a tensor: torch counts its bytes, 8 a number, in 63 bits
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 INTEGERS = (
     torch.int8,
     torch.int16,

@@ -1,4 +1,4 @@
-"""Inputs that tests share: margins, shapes, scales; batches and yardsticks are `expface_kernels.testing`'s.
+"""Inputs that tests share: margins, shapes, scales; batches and baselines are `expface_kernels.testing`'s.
 
 B rows · C classes · D features · x (B, D) embeddings · w (C, D) class centres
 """
@@ -21,8 +21,8 @@ from expface_kernels import (
 )
 from expface_kernels.backends import triton
 from expface_kernels.margins import MarginFunction
+from expface_kernels.testing.baselines import eager, leaves, naive_loss, truth  # noqa: F401
 from expface_kernels.testing.batches import KINDS, batch  # noqa: F401
-from expface_kernels.testing.yardsticks import eager, leaves, textbook_loss, truth  # noqa: F401
 
 # Triton's interpreter takes CPU tensors, slowly; `make test-triton` sets TRITON_INTERPRET=1, and then the
 # tests of every backend run over its backend alone. Where there is a GPU they run over it as well.

@@ -10,16 +10,20 @@ import sys
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 from expface_kernels.__main__ import PROGRAM, main
 from expface_kernels.analysis import plots
 from tests.distributed import run_ranks
-from tests.tolerances import SUM_ORDER, relative_error
+from tests.test_compat.theirs import CombinedMarginLoss
+from tests.tolerances import CLIPPED, SUM_ORDER, assert_close, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 4  # all that the launcher has: the text speaks of the default group
@@ -116,11 +120,7 @@ def _commands() -> Iterator[tuple[str, str]]:
 
 
 def _printed(call: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Return a command's exit code and output.
-
-    A CPU's plan runs in a process of its own: here it would count that buffers are filled with NaN, for other
-    tests.
-    """
+    """Return a command's exit code and output; a CPU's plan has a process of its own."""
     if not call.startswith("plan") or "--device" in call:
         return main(shlex.split(call)), capsys.readouterr().out
     done = subprocess.run(
@@ -175,3 +175,59 @@ def test_code_for_many_ranks_runs() -> None:
         assert found["loss"] == results[0]["loss"]  # the rows differ, the loss is of all
         assert relative_error(found["backbone"], results[0]["backbone"]) <= SUM_ORDER  # and they train alike
     assert results[0]["classes"].shape == (32, 5)
+
+
+def _run_insightface(group: Any, swap: str, restore: str, clip: str, folder: Path) -> None:
+    """Run their script after the swap: a step, save, the page's restore, a clipped step."""
+    rank = dist.get_rank(group)
+    cfg = SimpleNamespace(
+        margin_list=(1.0, 0.5, 0.0), interclass_filtering_threshold=0, embedding_size=64, num_classes=100,
+        sample_rate=1.0, fp16=False,
+    )  # fmt: skip
+    names = execute("docs/migrate.md", [swap], cfg=cfg, CombinedMarginLoss=CombinedMarginLoss)
+    module = names["module_partial_fc"]
+    backbone = DistributedDataParallel(torch.nn.Linear(8, 64), process_group=group)
+    groups = [{"params": backbone.parameters()}, {"params": module.parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=1e-4, momentum=0.9)
+    names |= {"torch": torch, "dist": dist, "rank": rank, "backbone": backbone, "opt": optimizer}
+    images, labels = torch.randn(2, 8), torch.randint(100, (2,))
+
+    def backward(scale: float) -> None:
+        optimizer.zero_grad()
+        (module(backbone(images), labels) * scale).backward()
+
+    backward(1.0)
+    optimizer.step()
+    content = {"state_dict_softmax_fc": module.state_dict(), "state_optimizer": optimizer.state_dict()}
+    torch.save(content, folder / f"checkpoint_gpu_{rank}.pt")
+    kept = module.weight.detach().clone()
+    torch.nn.init.zeros_(module.weight)
+    execute("docs/migrate.md", [restore.replace("checkpoint_gpu_", f"{folder}/checkpoint_gpu_")], **names)
+    assert torch.equal(module.weight, kept)
+    backward(1e6)
+    execute("docs/migrate.md", [clip.replace('"cuda"', '"cpu"')], **names)
+    squares = sum(p.grad.square().sum() for p in module.parameters())
+    dist.all_reduce(squares, group=group)
+    squares += sum(p.grad.square().sum() for p in backbone.parameters())
+    assert float(squares) == pytest.approx(25, rel=CLIPPED)
+
+
+def test_insightfaces_script_runs_after_the_swap(tmp_path: Path) -> None:
+    run_ranks(RANKS, _run_insightface, *blocks("docs/migrate.md", "python", "InsightFace"), tmp_path)
+
+
+def test_pytorch_metric_learnings_code_runs_after_the_swap() -> None:
+    losses = pytest.importorskip("pytorch_metric_learning.losses", exc_type=ModuleNotFoundError)
+    page, embeddings = "docs/migrate.md", torch.randn(8, 512, requires_grad=True)
+    swap, anew = blocks(page, "python", "pytorch-metric-learning")[:2]
+    names = {"torch": torch, "embeddings": embeddings, "labels": torch.randint(1000, (8,))}
+    torch.manual_seed(2)  # of their centers
+    found = execute(page, [swap, anew], **names)
+    torch.manual_seed(2)
+    theirs = losses.ArcFaceLoss(num_classes=1000, embedding_size=512)
+    assert_close(found["loss"], theirs(embeddings, names["labels"]), dtype=torch.float32)
+    made, head = found["loss_func"], found["head"]
+    assert head.margin.m == round(made.margin.m, 3)
+    assert head.margin.boundary == made.margin.boundary
+    for name in ("num_classes", "embedding_size", "scale", "reduction", "target_gradient"):
+        assert getattr(head, name) == getattr(made, name)

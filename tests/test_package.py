@@ -27,6 +27,7 @@ LAYERS = {
     "stats": 0,
     "margin_spec": 1,
     "checks": 1,
+    "commands": 1,
     "reference": 1,
     "backends": 2,
     "ops": 3,

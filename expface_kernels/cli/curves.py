@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from expface_kernels.analysis.curves import Description, Interval, Peak, describe, label
-from expface_kernels.cli.common import add_json, console, write_json
+from expface_kernels.commands import add_json, console, write_json
 from expface_kernels.margin_spec import FORMS, MARGINS, margin_argument
 from expface_kernels.margins import MarginFunction
 

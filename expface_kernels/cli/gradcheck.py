@@ -12,9 +12,17 @@ from rich.markup import escape
 
 from expface_kernels import backends, machine
 from expface_kernels.backends import triton
-from expface_kernels.checks import FLOATS
-from expface_kernels.cli.common import add_json, console, gigabytes, table, write_json
-from expface_kernels.cli.numbers import byte_count, count, whole
+from expface_kernels.checks import DTYPES
+from expface_kernels.commands import (
+    add_json,
+    byte_count,
+    console,
+    count,
+    gigabytes,
+    table,
+    whole,
+    write_json,
+)
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.margin_spec import margin_argument
 from expface_kernels.margins import TARGET_GRADIENTS, MarginFunction, target_similarity
@@ -22,7 +30,6 @@ from expface_kernels.testing import KINDS, GradientReport, Quantity, check_gradi
 from expface_kernels.testing.gradients import DEFAULT_KINDS
 
 SCHEMA = 1
-DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
 # Float64 copies of (B, C) and of (C, D) that truth, eager head and differences hold at most, as measured.
 LOGIT_COPIES, CENTRE_COPIES = 10, 19
 
@@ -40,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--backend", default="auto", metavar="NAME",
                         help=f"auto (the default), {', '.join(backends.available())}")  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, default="float32",
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32",
                         help="of rows and centres (default: float32)")  # fmt: skip
     parser.add_argument(
         "--target-gradient", choices=TARGET_GRADIENTS, default="exact", help="(default: exact)"
@@ -61,7 +68,7 @@ def add_parser(subparsers: Any) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Exit code 0 where the policy holds, else 1; ValueError for what cannot be checked."""
-    dtype = getattr(torch, options.dtype)
+    dtype = DTYPES[options.dtype]
     device = options.device or _default_device(options.backend)
     _check_serves(options.backend, dtype, device)
     _check_fits(options.rows, options.classes, options.features)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from expface_kernels import machine
-from expface_kernels.cli.common import add_json, console, gigabytes, write_json
+from expface_kernels.commands import add_json, console, gigabytes, write_json
 
 
 def add_parser(subparsers: Any) -> None:

@@ -12,13 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from expface_kernels import machine
-from expface_kernels.cli.common import add_json, console, gigabytes, table, write_json
-from expface_kernels.cli.numbers import byte_count, count
+from expface_kernels.checks import DTYPES
+from expface_kernels.commands import add_json, byte_count, console, count, gigabytes, table, write_json
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.plan import DEVICES, OPTIMIZERS, Advice, Job, Plan, Rates, advise, calibrate, plan
-from expface_kernels.plan.gpu import gpu_of
-from expface_kernels.plan.job import AUTOCASTS, DTYPES
-from expface_kernels.plan.memory import tiles_of
+from expface_kernels.plan.job import AUTOCASTS
+from expface_kernels.plan.memory import gpu_of, tiles_of
 
 SCHEMA = 1
 
@@ -26,7 +25,7 @@ SCHEMA = 1
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
-        help="memory of a rank and seconds of a step, and the fewest devices that fit",
+        help="memory of a rank and seconds of a step, and the fewest devices that fit (a power of two)",
         description="What a loss head will take: counted and modelled, not run. Numbers may be written "
         "1e6 or 1M, bytes 8GB or 256MiB. Exit code 0 where the job fits, 1 where it does not, 2: bad input.",
     )

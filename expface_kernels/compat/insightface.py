@@ -7,9 +7,11 @@ B rows of this rank · N rows of all ranks · D features · C classes of this ra
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,19 +26,119 @@ from expface_kernels.checks import (
     check_scale,
     check_workspace_bytes,
 )
-from expface_kernels.compat.insightface_margins import (
-    Recognised,
-    check_margin_loss,
-    recognise,
-    warn_of_dropped,
-)
 from expface_kernels.distributed.group import Group, telling
 from expface_kernels.distributed.module import CentreModule, initialize
 from expface_kernels.distributed.ranges import insightface_ranges
 from expface_kernels.distributed.sampling import draw, mixed_seed
-from expface_kernels.margins import Margin, describe
+from expface_kernels.margins import ArcFace, CosFace, ExpFace, Margin, SphereFace, describe
 from expface_kernels.options import DEFAULT_WORKSPACE_BYTES, LossOptions
 from expface_kernels.pipeline import Shard, loss_step
+
+DEFAULT_SCALE = 64.0
+USE_INSTEAD = (
+    "pass ArcFace(s, margin), CosFace(s, m) or CombinedMarginLoss(s, m1, m2, m3) of InsightFace, "
+    "PowerFace(s, m) or SphereFace(s, m) of ExpFace's authors, or a margin of expface_kernels, such as "
+    "ExpFace(0.7), and its scale=64"
+)
+
+
+class KnownMargin(NamedTuple):
+    """What a margin object of theirs computes, in our terms; the gradient is the detached one in both."""
+
+    margin: Margin
+    scale: float
+    filter_threshold: float
+    """Cosines of other classes above it count as 0; 0 for no filter."""
+
+
+def recognize(margin_loss: Any, scale: float | None = None) -> KnownMargin:
+    """Return margin, scale and filter of an object of theirs, as its attributes are now, or of ours.
+
+    scale: of a margin of ours, which has none; None is 64. Theirs bring `s`.
+
+    ValueError for another class, a subclass too (what it computes may differ), for one of that name that has
+    parameters (a head of its own), for a missing attribute or one that is no number, and where theirs raises.
+    """
+    if isinstance(margin_loss, Margin):
+        return KnownMargin(margin_loss, DEFAULT_SCALE if scale is None else scale, 0.0)
+    name = type(margin_loss).__name__
+    known = {
+        "ArcFace": _arcface,
+        "CosFace": lambda loss: CosFace(_number(loss, "m")),
+        "CombinedMarginLoss": _combined,
+        "PowerFace": lambda loss: ExpFace(_number(loss, "m")),
+        "SphereFace": lambda loss: SphereFace(_number(loss, "m")),
+    }
+    if isinstance(margin_loss, type) or name not in known:
+        got = f"the class {margin_loss.__name__} itself" if isinstance(margin_loss, type) else name
+        raise ValueError(
+            f"margin_loss: expected a margin that is known by its class, got {got}; {USE_INSTEAD}"
+        )
+    _refuse_parameters(margin_loss, name)
+    if scale is not None:
+        raise ValueError(f"scale: expected None with a margin that brings its own s, got {scale} with {name}")
+    threshold = 0.0
+    if name == "CombinedMarginLoss":
+        threshold = max(_number(margin_loss, "interclass_filtering_threshold"), 0.0)
+    return KnownMargin(known[name](margin_loss), _number(margin_loss, "s"), threshold)
+
+
+def _refuse_parameters(margin_loss: Any, name: str) -> None:
+    """Refuse heads of other libraries, which own their centres and go by the same names."""
+    if not isinstance(margin_loss, nn.Module):
+        return
+    found = [f"{parameter} {tuple(value.shape)}" for parameter, value in margin_loss.named_parameters()]
+    if found:
+        raise ValueError(
+            f"margin_loss: expected {name} without parameters, as InsightFace's are, got one with "
+            f"{', '.join(found)}: a head of its own, whose centres would not train; {USE_INSTEAD}"
+        )
+
+
+def warn_of_dropped(margin_loss: Any) -> None:
+    """Warn (UserWarning) where their CombinedMarginLoss has an m1 or m2 that it does not look at."""
+    if type(margin_loss).__name__ != "CombinedMarginLoss" or isinstance(margin_loss, Margin):
+        return
+    m1, m2, m3 = (_number(margin_loss, name) for name in ("m1", "m2", "m3"))
+    if m3 > 0 and (m1 != 1 or m2 != 0):
+        warnings.warn(
+            f"margin_loss: CombinedMarginLoss with m3={m3:g} above 0 is cos θ - m3, as InsightFace computes "
+            f"it: m1={m1:g} and m2={m2:g} are dropped. All three count in "
+            f"expface_kernels.CombinedMargin({m1:g}, {m2:g}, {m3:g})",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _arcface(loss: Any) -> Margin:
+    """InsightFace's has `margin`, that of ExpFace's authors `m`; radians both."""
+    return ArcFace(_number(loss, "m" if hasattr(loss, "m") else "margin"))
+
+
+def _combined(loss: Any) -> Margin:
+    m1, m2, m3 = (_number(loss, name) for name in ("m1", "m2", "m3"))
+    if m3 > 0:
+        return CosFace(m3)
+    if m1 == 1 and m3 == 0:
+        return ArcFace(m2)
+    raise ValueError(
+        "margin_loss: expected CombinedMarginLoss with m3 > 0, or m1 = 1 and m3 = 0, since InsightFace's "
+        f"raises for others, got m1={m1:g}, m2={m2:g}, m3={m3:g}; pass "
+        f"expface_kernels.CombinedMargin({m1:g}, {m2:g}, {m3:g}) and its scale"
+    )
+
+
+def _number(loss: Any, name: str) -> float:
+    owner = type(loss).__name__
+    if not hasattr(loss, name):
+        raise ValueError(
+            f"margin_loss: expected {owner} with the attribute {name!r}, as it has had since 12/2022, got "
+            f"one without it; {USE_INSTEAD}"
+        )
+    value = getattr(loss, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"margin_loss: expected a finite number as {owner}.{name}, got {value!r}")
+    return float(value)
 
 
 class PartialFC_V2(CentreModule):
@@ -80,7 +182,7 @@ class PartialFC_V2(CentreModule):
         "sample_rate": check_sample_rate,
         "fp16": lambda value: check_flag("fp16", value),
         "scale": lambda value: None if value is None else check_scale(value),
-        "margin_softmax": check_margin_loss,
+        "margin_softmax": recognize,
         "ignore_index": lambda value: check_integer("ignore_index", value),
         "workspace_bytes": check_workspace_bytes,
         "backend": backends.check_name,
@@ -127,8 +229,8 @@ class PartialFC_V2(CentreModule):
         self.reset_parameters()
 
     def _construction(self) -> dict[str, str]:
-        """What every rank must build alike, as text."""
-        known = self._recognised()
+        """Return what every rank must build alike, as text."""
+        known = self._known_margin()
         return {
             "num_classes": str(self.num_classes),
             "embedding_size": str(self.embedding_size),
@@ -139,8 +241,8 @@ class PartialFC_V2(CentreModule):
             "fp16": str(self.fp16),
         }
 
-    def _recognised(self) -> Recognised:
-        known = recognise(self.margin_softmax, self.scale)
+    def _known_margin(self) -> KnownMargin:
+        known = recognize(self.margin_softmax, self.scale)
         check_scale(known.scale)
         return known
 
@@ -157,9 +259,9 @@ class PartialFC_V2(CentreModule):
         return int(self.sample_rate * self.num_local)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
-        """The mean loss () over the rows of all ranks; see the class for shapes and errors."""
+        """Return the mean loss () over the rows of all ranks; see the class for shapes and errors."""
         with telling(None if self._group is None else self._group.refuse_exchange):
-            known = self._recognised()  # what is assigned to a margin object of theirs shows here
+            known = self._known_margin()  # what is assigned to a margin object of theirs shows here
             options = self._options(known)
         with torch.autocast(self.weight.device.type, dtype=torch.float16, enabled=self.fp16):
             loss = loss_step(
@@ -178,7 +280,7 @@ class PartialFC_V2(CentreModule):
         assert isinstance(loss, Tensor)
         return loss
 
-    def _options(self, known: Recognised) -> LossOptions:
+    def _options(self, known: KnownMargin) -> LossOptions:
         filtered = known.filter_threshold > 0
         return LossOptions(
             scale=known.scale,
@@ -208,6 +310,7 @@ class PartialFC_V2(CentreModule):
 
 
 def _global_seed() -> int:
+    """Draw a seed from torch's global random state."""
     return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
@@ -219,7 +322,7 @@ class Sampler:
     rank: int
 
     def __call__(self, targets: Tensor, num_local: int) -> Tensor:
-        """(S,) int64 sorted, from targets (N,) int64, below 0 where there is none; the host learns S."""
+        """Return (S,) int64 sorted, from targets (N,) int64, below 0 where there is none; a host sync."""
         positives = torch.unique(targets[targets >= 0])
         size = max(self.num_sample, 1)
         if positives.shape[0] >= size:

@@ -8,9 +8,8 @@
     job.py          the job and the sizes that follow from it
     devices.py      memory and rates of devices; this machine's are measured
     optimizers.py   what torch's optimizers hold and move
-    memory.py       items, and when they are there
+    memory.py       items, and when they are there; the triton backend's launches, counted
     seconds.py      work and its time
-    gpu.py          the triton backend's cost model
     advice.py       the plan, the fewest devices, what to change
 
 A model: what it counts comes from the code that will run (launches, tiles, optimizers). What it cannot see is

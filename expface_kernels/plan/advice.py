@@ -13,14 +13,10 @@ import torch
 from expface_kernels.checks import LARGEST_TENSOR
 from expface_kernels.plan.devices import Rates, calibrate
 from expface_kernels.plan.job import Job
-from expface_kernels.plan.memory import Item, divided_bytes, items_of, peak_bytes, tiles_of
+from expface_kernels.plan.memory import Item, items_of, peak_bytes, tiles_of
 from expface_kernels.plan.optimizers import FUSED, SPARSE_TEMPORARY
 from expface_kernels.plan.seconds import Work, work_of
 
-NEAR = 32
-"""So many numbers of devices are tried one by one, from the fewest that could be enough."""
-MOST_TIMES = 1024
-"""From as many devices as could just hold what is divided among them, up to so many times more are tried."""
 SAMPLED_RATE = 0.1
 KEEP_ALL, FUSED_NAME, AUTOCAST = "a workspace for all exponentials", "fused=True", "autocast bfloat16"
 HARMLESS = (KEEP_ALL, FUSED_NAME, AUTOCAST)
@@ -102,40 +98,20 @@ def advise(found: Plan, rates: Rates | None = None) -> Advice:
 
 
 def smallest_ranks(job: Job) -> int | None:
-    """Devices whose memory the job fits, with its batch on each; None where no number does.
+    """Return the fewest devices, of 1, 2, 4, ..., whose memory the job fits; None where no number does.
 
-    More ranks divide the centres, but bring more rows, which every rank sees.
+    Each device keeps its batch. More ranks divide the centres, but bring more rows, which every rank sees:
+    once the peak grows, it goes on growing.
     """
-    if job.capacity_bytes == 0:
-        return None
-
-    @functools.cache
-    def peak(ranks: int) -> float:
-        if ranks > job.most_ranks:
-            return math.inf
-        return peak_bytes(items_of(_on(job, ranks)))
-
-    def fits(ranks: int) -> bool:
-        return peak(ranks) <= job.capacity_bytes
-
-    # What is divided among them must fit whatever else there is.
-    least = max(-(-divided_bytes(_on(job, 1)) // job.capacity_bytes), 1)
-    # One by one at first: among few ranks the peak goes up and down, where a buffer is mapped apart.
-    near = next(filter(fits, range(least, least + NEAR)), None)
-    if near is not None:
-        return near
-    fewer = too_few = least + NEAR - 1
-    enough = 2 * too_few - least + 1
-    while not fits(enough):
-        if peak(enough) >= peak(too_few):  # rows outweigh centres by now
-            return next(filter(fits, range(fewer + 1, enough)), None)
-        if enough > MOST_TIMES * least:
+    ranks, before = 1, math.inf
+    while ranks <= job.most_ranks:
+        peak = peak_bytes(items_of(_on(job, ranks)))
+        if peak <= job.capacity_bytes:
+            return ranks
+        if peak > before:
             return None
-        fewer, too_few, enough = too_few, enough, 2 * enough - least + 1
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if fits(middle) else (middle, enough)
-    return enough
+        ranks, before = 2 * ranks, peak
+    return None
 
 
 def _on(job: Job, ranks: int) -> Job:

@@ -12,7 +12,7 @@ import torch
 
 from expface_kernels.backends.base import Request
 from expface_kernels.checks import (
-    FLOATS,
+    DTYPES,
     LARGEST_TENSOR,
     check_choice,
     check_flag,
@@ -26,7 +26,6 @@ from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.plan.devices import DEVICES
 from expface_kernels.plan.optimizers import FUSED, OPTIMIZERS, SPARSE_TEMPORARY
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 AUTOCASTS = ("bfloat16", "float16")
 
 

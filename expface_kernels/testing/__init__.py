@@ -6,10 +6,11 @@ assert_gradients(MyMargin(), target_gradient="detached")
 gradients.py     check_gradients → GradientReport, assert_gradients
 policy.py        how near is near enough
 batches.py       inputs that hurt
-yardsticks.py    the float64 truth, the textbook in the same dtype
+baselines.py     the float64 truth, the naive loss in the same dtype
 differences.py   gradients against finite differences
 """
 
+from expface_kernels.testing.baselines import eager, truth
 from expface_kernels.testing.batches import KINDS, batch
 from expface_kernels.testing.gradients import (
     BatchReport,
@@ -19,7 +20,6 @@ from expface_kernels.testing.gradients import (
     check_gradients,
 )
 from expface_kernels.testing.policy import assert_close, assert_rows_close, relative_error
-from expface_kernels.testing.yardsticks import eager, truth
 
 __all__ = [
     "KINDS",

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +27,13 @@ from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES, margin_cross_ent
 from expface_kernels.margins import ExpFace, MarginFunction
 from expface_kernels.options import LossOptions
 from expface_kernels.testing import policy
+from expface_kernels.testing.baselines import Results, backward, eager, eager_margin, leaves, truth
 from expface_kernels.testing.batches import KINDS, batch
 from expface_kernels.testing.differences import difference_error, frozen, slope_error
-from expface_kernels.testing.yardsticks import Results, backward, eager, eager_margin, leaves, truth
 
 NAMES = ("loss", "dx", "dw")
 DEFAULT_KINDS = ("random", "near_centre", "opposite", "learnt", "spread")
-YARDSTICK_DRAWS = 3
+BASELINE_DRAWS = 3
 """Batches over which eager's error is taken, the worst of them: in a single one it may be small by luck."""
 
 LossFunction = Callable[..., Tensor]
@@ -115,9 +115,9 @@ class _Setting:
 
     margin: MarginFunction
     eager_margin: MarginFunction
-    """As the textbook calls it."""
+    """As the naive loss calls it."""
     eager_psi: torch.dtype
-    """What the textbook computes psi in."""
+    """What the naive loss computes psi in."""
     target_gradient: str
     scale: float
     dtype: torch.dtype
@@ -195,15 +195,15 @@ def check_gradients(
         function: a loss of your own in place of `margin_cross_entropy`, called with the same arguments less
             `backend`.
 
-    For each batch: loss, dx and dw by their norms, beside what the textbook loss makes in the same dtype; the
+    For each batch: loss, dx and dw by their norms, beside what the naive loss makes in the same dtype; the
     worst row of loss and of dx, each row by its own norm, with its target angle; and, in float64, the
     gradient against finite differences of its own loss (for "detached" of the loss whose slope it is; where
     the backend has no float64, those of the reference). For "exact" also the margin's slope against
     differences of psi, at the rows' angles and on a grid over (0, π), with the worst angle: "detached" does
     not use it.
 
-    A margin need only take float64 angles, as the package calls it. For one that takes no others the textbook
-    computes psi in float64, and the report's setting says so ("eager_psi").
+    A margin need only take float64 angles, as the package calls it. For one that takes no others the naive
+    loss computes psi in float64, and the report's setting says so ("eager_psi").
 
     A margin may jump or bend: rows close by are left out of the finite differences, and psi's own are taken
     from both sides.
@@ -240,61 +240,65 @@ def assert_gradients(margin: MarginFunction | None = None, **options: Any) -> No
     assert report.passed, "\n".join(["the gradient check failed", *report.failures()])
 
 
+class _Drawn(NamedTuple):
+    """A batch of values that the dtype holds, as float64; the gradients of its truth come times `factor`."""
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    factor: float
+    truth: Results
+
+
+def _drawn(setting: _Setting, kind: str, seed: int) -> _Drawn:
+    x, w, y = batch(kind, *setting.shape, seed=seed)
+    x, w = x.to(setting.dtype).double(), w.to(setting.dtype).double()
+    loss, dx, dw = truth(x, w, y, setting.margin, reduction="none", **setting.options)
+    # A power of two that brings float16 gradients into its range, as a GradScaler does.
+    factor, largest = 1.0, max(float(dx.abs().max()), float(dw.abs().max()))
+    if setting.dtype == torch.float16 and 0 < largest < math.inf:
+        factor = 2.0 ** (8 - math.frexp(largest)[1])
+    return _Drawn(x, w, y, factor, (loss, factor * dx, factor * dw))
+
+
 def _check_batch(setting: _Setting, kind: str) -> BatchReport:
-    x, w, y, right = _drawn(setting, kind, setting.seed)
-    factor = _factor(right, setting.dtype)
-    a, b = (leaf.detach().to(setting.device) for leaf in leaves(x, w, setting.dtype))
-    a, b = a.requires_grad_(), b.requires_grad_()
+    drawn = _drawn(setting, kind, setting.seed)
+    x, w, y = drawn.x, drawn.w, drawn.y
+    a, b = (leaf.detach().to(setting.device).requires_grad_() for leaf in leaves(x, w, setting.dtype))
     loss = setting.loss(a, b, y.to(setting.device), setting.margin, reduction="none")
-    got = [value.cpu() for value in backward(loss, a, b, factor)]
-    scaled = (right[0], factor * right[1], factor * right[2])
-    made = _eager(setting, x, w, y, factor)
+    got = [value.cpu() for value in backward(loss, a, b, drawn.factor)]
+    made = _eager(setting, drawn)
 
     # A loss is computed and handed out in float32 at least.
     dtypes = (torch.promote_types(setting.dtype, torch.float32), setting.dtype, setting.dtype)
     quantities = []
-    for i, (name, eager_error) in enumerate(zip(NAMES, _yardstick(setting, kind), strict=True)):
-        verdict = policy.judge(got[i], scaled[i], eager=eager_error, dtype=dtypes[i])
+    for i, (name, eager_error) in enumerate(zip(NAMES, _baseline(setting, kind), strict=True)):
+        verdict = policy.judge(got[i], drawn.truth[i], eager=eager_error, dtype=dtypes[i])
         quantities.append(Quantity(name, verdict.error, eager_error, verdict.limit, verdict.passed))
     theta = reference.pair_angle(x, w[y]).detach()
     for i, name in enumerate(NAMES[:2]):
-        quantities.append(_worst_row(name, setting, (got[i], scaled[i], made[i]), dtypes[i], theta))
+        values = (got[i], drawn.truth[i], made[i])
+        quantities.append(_worst_row(name, setting, values, dtypes[i], theta))
     return BatchReport(kind, (*quantities, *_differences(setting, x, w, y), *_slope(setting, theta)))
 
 
-def _drawn(setting: _Setting, kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Results]:
-    """(x, w, y) of values that the dtype holds, as float64, and their truth."""
-    x, w, y = batch(kind, *setting.shape, seed=seed)
-    x, w = x.to(setting.dtype).double(), w.to(setting.dtype).double()
-    return x, w, y, truth(x, w, y, setting.margin, reduction="none", **setting.options)
+def _eager(setting: _Setting, drawn: _Drawn) -> Results:
+    x, w, y, factor, _ = drawn
+    options = {"factor": factor, "reduction": "none", **setting.options}
+    return eager(x, w, y, setting.eager_margin, dtype=setting.dtype, **options)
 
 
-def _factor(right: Results, dtype: torch.dtype) -> float:
-    """A power of two that brings float16 gradients into its range, as a GradScaler does; 1 for the others."""
-    largest = max(float(gradient.abs().max()) for gradient in right[1:])
-    if dtype != torch.float16 or not 0 < largest < math.inf:
-        return 1.0
-    return 2.0 ** (8 - math.frexp(largest)[1])
-
-
-def _eager(setting: _Setting, x: Tensor, w: Tensor, y: Tensor, factor: float) -> Results:
-    return eager(
-        x, w, y, setting.eager_margin, dtype=setting.dtype, factor=factor, reduction="none", **setting.options
-    )
-
-
-def _yardstick(setting: _Setting, kind: str) -> tuple[float | None, ...]:
-    """Eager's worst errors of loss, dx, dw over some batches; None for the reference, which is eager."""
+def _baseline(setting: _Setting, kind: str) -> tuple[float | None, ...]:
+    """Return eager's worst errors of loss, dx, dw over some batches; None for the reference: it is eager."""
     if setting.backend == "reference" and setting.function is None:
         return None, None, None
     worst = [0.0, 0.0, 0.0]
-    for draw in range(YARDSTICK_DRAWS):
-        x, w, y, right = _drawn(setting, kind, setting.seed + draw)
-        factor = _factor(right, setting.dtype)
-        scaled = (right[0], factor * right[1], factor * right[2])
-        for i, value in enumerate(_eager(setting, x, w, y, factor)):
-            error = policy.relative_error(value, scaled[i])
-            worst[i] = error if math.isnan(error) else max(worst[i], error)
+    for draw in range(BASELINE_DRAWS):
+        drawn = _drawn(setting, kind, setting.seed + draw)
+        errors = map(policy.relative_error, _eager(setting, drawn), drawn.truth)
+        worst = [
+            error if math.isnan(error) else max(old, error) for old, error in zip(worst, errors, strict=True)
+        ]
     return tuple(worst)
 
 

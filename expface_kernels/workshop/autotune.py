@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch import Tensor
 from expface_kernels.backends.base import Request
 from expface_kernels.backends.triton import TritonBackend, calls, tuning
 from expface_kernels.backends.triton.tuning import Blocks, Tile
+from expface_kernels.commands import Parser, count
 from expface_kernels.workshop.candidates import UNKNOWN_SHARED, Setting, candidates
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -282,21 +283,16 @@ def versions() -> str:
     return f"Triton {triton.__version__}, torch {torch.__version__}, {today}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"autotune: {message}\n")
-
-
 def parser() -> argparse.ArgumentParser:
-    p = _Parser(prog="python -m expface_kernels.workshop.autotune")
-    p.add_argument("--features", nargs="+", type=_positive, default=[512], metavar="D")
+    p = Parser(prog="python -m expface_kernels.workshop.autotune")
+    p.add_argument("--features", nargs="+", type=count, default=[512], metavar="D")
     p.add_argument(
         "--dtype", nargs="+", default=["bfloat16", "bfloat16-float32"], choices=list(PRODUCTS),
         help="of the product, and of the stored centres where it is another",
     )  # fmt: skip
     p.add_argument("--role", nargs="+", default=list(tuning.ROLES), choices=tuning.ROLES)
-    p.add_argument("--rows", type=_positive, default=1024, metavar="B")
-    p.add_argument("--classes", type=_positive, default=100_000, metavar="C")
+    p.add_argument("--rows", type=count, default=1024, metavar="B")
+    p.add_argument("--classes", type=count, default=100_000, metavar="C")
     p.add_argument(
         "--seconds", type=float, default=math.inf, help="what all may take; each role has its share"
     )
@@ -304,12 +300,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", "--dry-run", action="store_true", help="print the candidates, measure nothing")
     p.add_argument("--arch", default="sm_90", help="of --list")
     return p
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,35 +67,6 @@ def test_every_curve_is_its_closed_form(form: Form, theta: float) -> None:
         assert_near(boundary, mp.acos(psi), bound, "decision boundary")
 
 
-@pytest.mark.parametrize("m", EXPONENTS)
-@settings(deadline=None, derandomize=True, max_examples=10)
-@given(theta=st.floats(1e-3, PI - 1e-3))
-def test_expface_treats_a_row_as_at_its_bent_angle(m: float, theta: float) -> None:
-    bent = mp.pi * (mpf(theta) / mp.pi) ** mpf(m)
-    bound = effective_angle_error(float(bent))
-    assert_near(one(angular_penalty, ExpFace(m), theta), bent - mpf(theta), bound)
-    assert_near(one(decision_boundary, ExpFace(m), theta), bent, bound)
-
-
-@settings(deadline=None, derandomize=True, max_examples=50)
-@given(m=st.floats(0.05, 1.5), theta=st.floats(1e-3, PI - 1e-3))
-def test_arcface_adds_its_margin_until_it_passes_the_antipode(m: float, theta: float) -> None:
-    total = mpf(theta) + mpf(m)
-    expected = mpf(m) if total <= mp.pi else 2 * (mp.pi - mpf(theta)) - mpf(m)
-    bound = effective_angle_error(float(total))
-    assert_near(one(angular_penalty, ArcFace(m), theta), expected, bound)
-
-
-@settings(deadline=None, derandomize=True, max_examples=50)
-@given(m=st.floats(1.0, 6.0), theta=st.floats(1e-3, PI - 1e-3))
-def test_sphereface_multiplies_the_angle_beyond_180_degrees_too(m: float, theta: float) -> None:
-    expected = (mpf(m) - 1) * mpf(theta)
-    bound = effective_angle_error(m * theta)
-    assert_near(one(angular_penalty, SphereFace(m), theta), expected, bound)
-    boundary = one(decision_boundary, SphereFace(m), theta)
-    assert math.isnan(boundary) if m * theta > PI + 1e-6 else boundary == pytest.approx(m * theta, abs=bound)
-
-
 def test_cosface_has_no_boundary_where_its_similarity_is_below_minus_one() -> None:
     end = math.acos(0.35 - 1)
     assert_near(one(decision_boundary, CosFace(), 1.0), mp.acos(mp.cos(1) - mpf(0.35)))

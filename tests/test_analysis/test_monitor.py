@@ -121,17 +121,6 @@ def test_angles_of_0_and_180_degrees_fall_into_the_last_bins() -> None:
     assert histogram.sum() == 2
 
 
-def test_memory_does_not_grow_with_rows() -> None:
-    monitor = AngularMonitor()
-    sizes = set()
-    for _ in range(3):
-        monitor.update(stats_of())
-        held = [value for value in vars(monitor).values() if isinstance(value, torch.Tensor)]
-        sizes.add(sum(value.numel() for value in held))
-        assert not monitor.epochs
-    assert sizes == {90 * 90 + 2 * FINE + 5}
-
-
 class Counter(TorchDispatchMode):
     """Counts operations."""
 
@@ -285,13 +274,6 @@ def test_the_raw_histogram_has_the_arguments_of_torchs_writer() -> None:
     monitor.write(writer)
     figures, _ = writer.histograms["angles/target"]
     assert set(figures) | {"self", "tag", "global_step", "walltime"} == names
-
-
-def test_an_epoch_without_rows_writes_their_number_alone() -> None:
-    writer = RawWriter()
-    AngularMonitor().write(writer)
-    assert writer.scalars == {"angles/rows": (0, 1)}
-    assert not writer.histograms
 
 
 def test_the_picture_shows_the_rows_and_each_margins_boundary(tmp_path: Path) -> None:

@@ -122,13 +122,6 @@ def test_auc_and_precision_equal_a_count_of_pairs(rows: list[tuple[int, bool]]) 
     assert ranker.evaluate(torch.tensor([*noisy, True, False]), k=1).precision == float(noisy[order[0]])
 
 
-def test_a_perfect_ranking_has_auc_and_precision_1_and_its_opposite_0() -> None:
-    ranker = LabelNoiseRanker(4)
-    ranker.update(torch.arange(4), made_stats([0.3, 0.2, -0.5, -0.6]))
-    assert ranker.evaluate(torch.tensor([True, True, False, False])) == (1.0, 1.0, 2)
-    assert ranker.evaluate(torch.tensor([False, False, True, True])) == (0.0, 0.0, 2)
-
-
 def test_nothing_is_read_from_the_device_until_it_is_asked_for() -> None:
     stats = BatchStats(*(value.to("meta") for value in stats_of()))
     ranker = LabelNoiseRanker(40)

@@ -4,56 +4,85 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from expface_kernels import CombinedMargin, ExpFace, MarginSoftmaxHead, margin_cross_entropy, pipeline
+from expface_kernels import CombinedMargin, ExpFace, pipeline
 from expface_kernels.compat.insightface import PartialFC_V2
 from expface_kernels.options import LossOptions
 from expface_kernels.pipeline import negatives
-from tests import cases
 from tests.test_compat import theirs
 from tests.test_compat.one_process import F64, B, C, D, build, compare, rows, step
 from tests.tolerances import CLOSED_FORM, DRAWN_64_000, OPPOSITE_ROW, TEN_DIGITS, assert_close
 
-OBJECTS = (
-    theirs.ArcFace(64.0, 0.5),
-    theirs.ExpFaceAuthorsArcFace(32.0, 0.3),
-    theirs.CosFace(64.0, 0.4),
-    theirs.CombinedMarginLoss(64, 1.0, 0.5, 0.0),
-    theirs.CombinedMarginLoss(48, 1.0, 0.0, 0.4),
-    theirs.CombinedMarginLoss(64, 1.0, 0.5, 0.0, 0.2),
-    theirs.PowerFace(64.0, 0.6),
-    theirs.SphereFace(30.0, 1.5),
-    theirs.CosFace(128.0, 0.4),
-    theirs.CombinedMarginLoss(128, 1.0, 0.5, 0.0, 0.2),
-)
+# A margin object of theirs or ours and its scale, and the one of theirs that it must equal.
+Pair = tuple[Any, float | None, nn.Module]
+SAME: dict[str, Pair] = {
+    f"{type(loss).__name__}-{i}": (loss, None, loss)
+    for i, loss in enumerate(
+        (
+            theirs.ArcFace(64.0, 0.5),
+            theirs.ExpFaceAuthorsArcFace(32.0, 0.3),
+            theirs.CosFace(64.0, 0.4),
+            theirs.CosFace(128.0, 0.4),
+            theirs.CombinedMarginLoss(64, 1.0, 0.5, 0.0),
+            theirs.CombinedMarginLoss(48, 1.0, 0.0, 0.4),
+            theirs.CombinedMarginLoss(64, 1.0, 0.5, 0.0, 0.2),
+            theirs.CombinedMarginLoss(128, 1.0, 0.5, 0.0, 0.2),
+            theirs.PowerFace(64.0, 0.6),
+            theirs.SphereFace(30.0, 1.5),
+        )
+    )
+} | {
+    "ours": (ExpFace(0.6), None, theirs.PowerFace(64.0, 0.6)),
+    "ours, s=30": (ExpFace(0.6), 30.0, theirs.PowerFace(30.0, 0.6)),
+}
 
 
 @pytest.mark.parametrize("kind", ["random", "learnt", "behind"])
-@pytest.mark.parametrize("margin_loss", OBJECTS, ids=lambda o: f"{type(o).__name__}-{o.s:g}")
-def test_loss_and_both_gradients_are_theirs(margin_loss: nn.Module, kind: str) -> None:
+@pytest.mark.parametrize(("margin_loss", "scale", "original"), SAME.values(), ids=SAME)
+@pytest.mark.filterwarnings("error:margin_loss")
+def test_loss_and_both_gradients_are_theirs(
+    margin_loss: Any, scale: float | None, original: nn.Module, kind: str
+) -> None:
     x, w, y = rows(kind)
-    compare(step(build(margin_loss, w), x, y), theirs.eager(margin_loss, x, w, y))
-    found = step(build(margin_loss, w.float()), x.float(), y)
-    truth = theirs.eager(margin_loss, x.float().double(), w.float().double(), y)
-    single = theirs.eager(margin_loss, x.float(), w.float(), y)
+    module = build(margin_loss, w, scale=scale)
+    compare(step(module, x, y), theirs.eager(original, x, w, y))
+    found = step(build(margin_loss, w.float(), scale=scale), x.float(), y)
+    truth = theirs.eager(original, x.float().double(), w.float().double(), y)
+    single = theirs.eager(original, x.float(), w.float(), y)
     for one, other, eager in zip(found, truth, single, strict=True):
         assert_close(one, other, eager=eager, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(
-    "margin_loss", [theirs.ArcFace(64.0, 0.5), theirs.PowerFace(64.0, 0.7)], ids=["ArcFace", "PowerFace"]
-)
-def test_the_gradient_is_the_detached_one(margin_loss: nn.Module) -> None:
-    x, w = cases.gen(6, 16, 70)
-    dx = step(build(margin_loss, w), x, torch.tensor([0, 34, 35, 63, 64, 69]))[1]
-    assert float(torch.linalg.vector_norm(dx)) == pytest.approx(10.3739523205, abs=TEN_DIGITS)
+@pytest.mark.parametrize("threshold", [0, 0.2])
+def test_batches_of_any_size_and_dtype_follow_one_another(threshold: float) -> None:
+    x, w, y = rows("random")
+    margin_loss = theirs.CombinedMarginLoss(64, 1, 0.5, 0, threshold)
+    module = build(margin_loss, w)
+    for count in (B, 3, 1):
+        compare(step(module, x[:count], y[:count]), theirs.eager(margin_loss, x[:count], w, y[:count]))
+    nothing = step(module, x[:0], y[:0])
+    alone = step(build(margin_loss, w[:1]), x, torch.zeros_like(y))  # a single class
+    for loss, dx, dw in (nothing, alone):
+        assert (float(loss), int(dx.count_nonzero()), int(dw.count_nonzero())) == (0, 0, 0)
+    half = x.half()
+    found = step(build(margin_loss, w.float()), half, y)
+    dtypes = (torch.float32, torch.float16, torch.float32)
+    assert (found[1].dtype, found[2].dtype) == dtypes[1:]
+    for one, truth, dtype in zip(found, theirs.eager(margin_loss, half.double(), w, y), dtypes, strict=True):
+        assert_close(one, truth, dtype=dtype)
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    loss = module(x, y)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone(), module.weight.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * once[0])
+    assert torch.equal(module.weight.grad, 2 * once[1])
 
 
 def test_the_cosine_of_a_dropped_m2_is_theirs_and_they_are_told() -> None:
@@ -71,13 +100,6 @@ def test_the_cosine_of_a_dropped_m2_is_theirs_and_they_are_told() -> None:
     full = build(CombinedMargin(1.0, 0.3, 0.2), w, scale=1.0)
     expected = math.log1p(math.exp(-math.sqrt(0.75) - 0.0217402383))
     assert float(step(full, x, torch.tensor([0]))[0]) == pytest.approx(expected, abs=TEN_DIGITS)
-
-
-def test_nothing_is_told_where_nothing_is_dropped() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for margins in ((1.0, 0.0, 0.4), (1.0, 0.5, 0.0), (1, 0, 0)):
-            PartialFC_V2(theirs.CombinedMarginLoss(64, *margins), D, C)
 
 
 class Curricular(theirs.CosFace):
@@ -148,19 +170,6 @@ def test_wrong_arguments_are_named(options: dict[str, Any], error: str) -> None:
     arguments = {"embedding_size": D, "num_classes": C} | options
     with pytest.raises((ValueError, TypeError), match=error):
         PartialFC_V2(theirs.CosFace(), **arguments)
-
-
-def test_margins_of_ours_have_a_scale_of_their_own() -> None:
-    x, w, y = rows("random")
-    for scale in (None, 30.0):
-        head = MarginSoftmaxHead(D, C, ExpFace(0.6), scale=scale or 64.0, dtype=F64)
-        with torch.no_grad():
-            head.weight.copy_(w)
-        rows_of_head = x.detach().clone().requires_grad_()
-        loss = head(rows_of_head, y)
-        loss.backward()
-        found = step(build(ExpFace(0.6), w, scale=scale), x, y)
-        compare(found, (loss, rows_of_head.grad, head.weight.grad))
 
 
 def test_what_is_assigned_between_steps_counts() -> None:
@@ -274,75 +283,6 @@ def test_it_converts_and_copies_like_any_module() -> None:
     assert "embedding_size=16, num_classes=23" in repr(module)
 
 
-def test_their_optimizer_and_momentum_load_as_they_are(tmp_path: Path) -> None:
-    x, w, y = rows("random")
-    backbone = nn.Linear(D, D, bias=False).double()
-
-    def training() -> tuple[nn.Module, PartialFC_V2, torch.optim.Optimizer]:
-        net, module = copy.deepcopy(backbone), build(theirs.CosFace(), w)
-        groups = [{"params": net.parameters()}, {"params": module.parameters()}]
-        return net, module, torch.optim.SGD(groups, lr=0.02, momentum=0.9, weight_decay=5e-4)
-
-    def train(net: nn.Module, module: PartialFC_V2, optimizer: torch.optim.Optimizer) -> Tensor:
-        loss = module(net(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return module.weight.detach().clone()
-
-    first = training()
-    train(*first)
-    saved = {"state_dict_softmax_fc": first[1].state_dict(), "state_optimizer": first[2].state_dict()}
-    torch.save({**saved, "state_dict_backbone": first[0].state_dict()}, tmp_path / "checkpoint_gpu_0.pt")
-    expected = train(*first)
-
-    loaded = torch.load(tmp_path / "checkpoint_gpu_0.pt", weights_only=True)
-    net, module, optimizer = training()
-    net.load_state_dict(loaded["state_dict_backbone"])
-    module.load_state_dict(loaded["state_dict_softmax_fc"])
-    optimizer.load_state_dict(loaded["state_optimizer"])
-    assert optimizer.state[module.weight]["momentum_buffer"].shape == (C, D)
-    assert torch.equal(train(net, module, optimizer), expected)
-
-
-@pytest.mark.parametrize("margin_loss", [theirs.CosFace(), theirs.CombinedMarginLoss(64, 1, 0.5, 0, 0.2)])
-def test_batches_of_any_size_follow_one_another(margin_loss: nn.Module) -> None:
-    x, w, y = rows("random")
-    module = build(margin_loss, w)
-    for count in (B, 3, 1):
-        compare(step(module, x[:count], y[:count]), theirs.eager(margin_loss, x[:count], w, y[:count]))
-    loss, dx, dw = step(module, x[:0], y[:0])
-    assert loss == 0
-    assert dx.shape == (0, D)
-    assert not dw.any()
-
-
-@pytest.mark.parametrize("threshold", [0, 0.2])
-def test_half_precision_rows_meet_float_centres(threshold: float) -> None:
-    x, w, y = rows("random")
-    margin_loss = theirs.CombinedMarginLoss(64, 1, 0.5, 0, threshold)
-    half = x.half()
-    loss, dx, dw = step(build(margin_loss, w.float()), half, y)
-    assert (dx.dtype, dw.dtype) == (torch.float16, torch.float32)
-    expected = theirs.eager(margin_loss, half.double(), w, y)
-    assert_close(loss, expected[0], dtype=torch.float32)
-    assert_close(dx, expected[1], dtype=torch.float16)
-    assert_close(dw, expected[2], dtype=torch.float32)
-
-
-@pytest.mark.parametrize("margin_loss", [theirs.CosFace(), theirs.CombinedMarginLoss(64, 1, 0.5, 0, 0.2)])
-def test_a_kept_graph_serves_twice(margin_loss: nn.Module) -> None:
-    x, w, y = rows("random")
-    module = build(margin_loss, w)
-    x = x.clone().requires_grad_()
-    loss = module(x, y)
-    loss.backward(retain_graph=True)
-    dx, dw = x.grad.clone(), module.weight.grad.clone()
-    loss.backward()
-    assert torch.equal(x.grad, 2 * dx)
-    assert torch.equal(module.weight.grad, 2 * dw)
-
-
 @pytest.mark.parametrize(("fp16", "around"), [(True, None), (False, torch.bfloat16), (True, torch.bfloat16)])
 def test_fp16_says_what_products_are_in(
     fp16: bool, around: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
@@ -354,20 +294,3 @@ def test_fp16_says_what_products_are_in(
     with torch.autocast("cpu", dtype=around or torch.bfloat16, enabled=around is not None):
         build(theirs.CosFace(), w.float(), fp16=fp16)(x.float(), y)
     assert seen == [torch.float16 if fp16 else None]
-
-
-@pytest.mark.parametrize("threshold", [0, 0.2])
-def test_a_single_class_has_no_loss(threshold: float) -> None:
-    x, w, _ = cases.batch("random", 3, 1, D)
-    module = build(theirs.CombinedMarginLoss(64, 1, 0.5, 0, threshold), w)
-    loss, dx, dw = step(module, x, torch.zeros(3, dtype=torch.int64))
-    assert (float(loss), int(dx.count_nonzero()), int(dw.count_nonzero())) == (0, 0, 0)
-
-
-def test_it_is_the_function_with_the_detached_gradient() -> None:
-    """margin_cross_entropy is exact unless asked."""
-    x, w, y = rows("random")
-    leaf, centres = cases.leaves(x, w, F64)
-    loss = margin_cross_entropy(leaf, centres, y, ExpFace(0.6), target_gradient="detached")
-    loss.backward()
-    compare(step(build(theirs.PowerFace(64.0, 0.6), w), x, y), (loss, leaf.grad, centres.grad))

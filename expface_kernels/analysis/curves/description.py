@@ -1,4 +1,4 @@
-"""A margin in a few numbers: where psi falls, where it penalises most, where its exact gradient goes weak.
+"""A margin in a few numbers: where psi falls, where it penalizes most, where its exact gradient goes weak.
 
 theta, angles: radians · grid (N,) angles 1/20 of a degree apart · r the pull, docs/math.md section 4
 """
@@ -14,21 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from expface_kernels.analysis.curves import functions, search
+from expface_kernels.analysis.curves import functions
 from expface_kernels.checks import check_margin
 from expface_kernels.margins import MarginFunction
 
 POINTS = 3601
-# Coarse enough for a margin that computes in float32.
-JUMP = 1e-6  # of psi, between neighbouring floats
-NO_EXCESS = 1e-6  # of r·sin θ over sin θ
-UNIFORM = 1e-6  # penalties that differ by less are the same: ExpFace's floor alone makes 1e-7
-NO_SLOPE = 1e-12
-VANISHES = 1e-9  # a slope that comes this near 0 without changing sign
-NOTICEABLE = 1e-9  # a difference between neighbouring penalties
-GROWS = 1e-8  # a derivative of a penalty
+HALVINGS = 32
+"""From 1/20 of a degree to 1e-13 radians."""
+NOTHING = 1e-6
+"""Jumps, differences of penalties and of pulls up to here are rounding: a margin may compute in float32."""
+FLAT = 1e-9
+"""Slopes, and differences of neighboring penalties, up to here count as none."""
 
-Curve = Callable[[MarginFunction, Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
+"""Maps (N,) angles to (N,) values."""
 
 
 class Interval(NamedTuple):
@@ -98,121 +97,124 @@ class Description:
 
 
 def describe(margin: MarginFunction) -> Description:
-    """Look at `margin` on a grid of 1/20 of a degree, and find to float64 precision what happens between.
+    """Sample `margin` at angles 1/20 of a degree apart, and refine what happens between two of them.
 
     What begins and ends within 1/20 of a degree is not seen. Takes some tenths of a second and a few MB.
     Raises TypeError or ValueError for what is no margin, or not finite (psi on [0, π], its slope on (0, π)).
     """
     check_margin(margin)
-    grid = torch.linspace(0, math.pi, POINTS, dtype=torch.float64, device="cpu")
-    grid[-1] = math.pi
-    jumps = _jumps(margin, grid)
-    sides = [side for low, high, _ in jumps for side in (low, high)]
-    grid = torch.unique(torch.cat([grid, grid.new_tensor(sides)]))
-    falls, rises, turns = _monotonicity(margin, grid, jumps)
-    return Description(
-        margin=functions.label(margin),
-        falls=falls,
-        rises=rises,
-        jumps=tuple(Jump(high, size) for _, high, size in jumps),
-        cosine_peak=_peak(grid, functions.cosine_penalty, _cosine_growth, margin),
-        angular_peak=_peak(grid, functions.angular_penalty, _angular_growth, margin),
-        weak=_weak(margin, grid),
-        turns=turns,
-        vanishes=_vanishes(margin, grid, turns),
-    )
-
-
-def _jumps(margin: MarginFunction, grid: Tensor) -> list[tuple[float, float, float]]:
-    """(last angle before, first angle after, change of psi) of each jump."""
 
     def psi(theta: Tensor) -> Tensor:
         return functions.similarity(margin, theta)
 
-    low, high = search.steepest(psi, grid[:-1], grid[1:])
-    size = psi(high) - psi(low)
-    there = size.abs() > JUMP
-    return list(zip(*(values[there].tolist() for values in (low, high, size)), strict=True))
+    def slope(theta: Tensor) -> Tensor:
+        return functions.slope(margin, theta)
 
+    def excess(theta: Tensor) -> Tensor:
+        """Return (r − 1)·sin θ, which unlike r itself is as exact near 0 and π as elsewhere."""
+        return -torch.sin(theta) - slope(theta)
 
-def _signs(value: search.Function, grid: Tensor, nothing: float) -> list[tuple[int, float, float]]:
-    """(sign, from, to) of the stretches of `value` over (0, π); up to `nothing` it counts as 0."""
-    inner = grid[1:-1]
-    values = value(inner)
-    zero = values.abs() <= nothing
-    zero[1:-1] &= zero[:-2] | zero[2:]  # what only touches 0 is no stretch of it
-    known = zero | (values.abs() > nothing)
-    states = torch.where(zero, 0, torch.sign(values))
-    return search.stretches(inner[known], states[known], lambda theta: torch.sign(value(theta)), 0.0, math.pi)
-
-
-def _monotonicity(
-    margin: MarginFunction, grid: Tensor, jumps: list[tuple[float, float, float]]
-) -> tuple[tuple[Interval, ...], tuple[Interval, ...], tuple[float, ...]]:
-    """(falls, rises, turns): from the sign of the slope, and the jumps that go against it."""
-    infinite = ~torch.isfinite(functions.slope(margin, grid[1:-1]))
+    grid = torch.linspace(0, math.pi, POINTS, dtype=torch.float64, device="cpu").clamp_max(math.pi)
+    before, after, jumps = _jumps(psi, grid)
+    grid = torch.unique(torch.cat([grid, before, after]))
+    infinite = ~torch.isfinite(slope(grid[1:-1]))
     if infinite.any():
         at = float(grid[1:-1][infinite][0])
         raise ValueError(f"margin: expected a finite slope of psi on (0, π), got none at theta = {at:.6g}")
-    found = _signs(lambda theta: functions.slope(margin, theta), grid, NO_SLOPE)
-    pieces: dict[int, list[Interval]] = {-1: [], 0: [], 1: []}
-    for sign, start, end in found:
-        against = [low for low, _, size in jumps if size * sign < 0 and start < low < end]
-        bounds = zip([start, *against], [*against, end], strict=True)
-        pieces[sign].extend(Interval(*bound) for bound in bounds)
-    turns = tuple(end for (sign, _, end), (after, _, _) in itertools.pairwise(found) if sign * after < 0)
-    return tuple(pieces[-1]), tuple(pieces[1]), turns
+    signs = _signs(slope, grid, FLAT)
+    turns = tuple(end for (sign, (_, end)), (other, _) in itertools.pairwise(signs) if sign * other < 0)
+    return Description(
+        margin=functions.label(margin),
+        falls=_monotonic(signs, -1, jumps),
+        rises=_monotonic(signs, 1, jumps),
+        jumps=jumps,
+        cosine_peak=_peak(lambda theta: functions.cosine_penalty(margin, theta), grid),
+        angular_peak=_peak(lambda theta: functions.angular_penalty(margin, theta), grid),
+        weak=tuple(interval for sign, interval in _signs(excess, grid, NOTHING) if sign < 0),
+        turns=turns,
+        vanishes=_touches(slope, grid, turns),
+    )
 
 
-def _weak(margin: MarginFunction, grid: Tensor) -> tuple[Interval, ...]:
-    """Where r < 1."""
-    # (r − 1)·sin θ: unlike r itself it is as exact near 0 and π as elsewhere.
-    found = _signs(lambda theta: _cosine_growth(margin, theta), grid, NO_EXCESS)
-    return tuple(Interval(start, end) for sign, start, end in found if sign < 0)
+def _jumps(psi: Function, grid: Tensor) -> tuple[Tensor, Tensor, tuple[Jump, ...]]:
+    """Return the angles just before and just after each jump, and the jumps.
+
+    Of each halving the half is kept over which psi changes more.
+    """
+    low, high = grid[:-1], grid[1:]
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        left = (psi(middle) - psi(low)).abs() >= (psi(high) - psi(middle)).abs()
+        low, high = torch.where(left, low, middle), torch.where(left, middle, high)
+    size = psi(high) - psi(low)
+    there = size.abs() > NOTHING
+    low, high, size = low[there], high[there], size[there]
+    return low, high, tuple(itertools.starmap(Jump, zip(high.tolist(), size.tolist(), strict=True)))
 
 
-def _vanishes(margin: MarginFunction, grid: Tensor, turns: tuple[float, ...]) -> tuple[float, ...]:
-    """Where the slope touches 0."""
-
-    def size(theta: Tensor) -> Tensor:
-        return functions.slope(margin, theta).abs()
-
+def _signs(value: Function, grid: Tensor, nothing: float) -> list[tuple[int, Interval]]:
+    """Return the stretches of one sign of `value` over (0, π); up to `nothing` it counts as 0."""
     inner = grid[1:-1]
-    sizes = size(inner)
-    least = 1 + torch.nonzero((sizes[1:-1] <= sizes[:-2]) & (sizes[1:-1] < sizes[2:]))[:, 0]
+    values = value(inner)
+    signs = torch.where(values.abs() <= nothing, 0, torch.sign(values)).int()
+    alone = (signs == 0) & (signs.roll(1) != 0) & (signs.roll(-1) != 0)  # only touches 0
+    inner, signs = inner[~alone], signs[~alone]
+    last = torch.nonzero(signs[1:] != signs[:-1])[:, 0]
+    edges: list[float] = []
+    if len(last):  # a function need not take an empty tensor
+        low, high = inner[last], inner[last + 1]
+        at_low = torch.sign(value(low))
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            same = torch.sign(value(middle)) == at_low
+            low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+        edges = ((low + high) / 2).tolist()
+    bounds = itertools.pairwise([0.0, *edges, math.pi])
+    kinds = [*signs[last].tolist(), int(signs[-1])]
+    return [(sign, Interval(*bound)) for sign, bound in zip(kinds, bounds, strict=True)]
+
+
+def _monotonic(signs: list[tuple[int, Interval]], sign: int, jumps: tuple[Jump, ...]) -> tuple[Interval, ...]:
+    """Return the stretches whose slope has that sign, cut at the jumps that go against it."""
+    found: list[Interval] = []
+    for _, (start, end) in (stretch for stretch in signs if stretch[0] == sign):
+        against = [jump.angle for jump in jumps if jump.size * sign < 0 and start < jump.angle < end]
+        found.extend(Interval(*bound) for bound in itertools.pairwise([start, *against, end]))
+    return tuple(found)
+
+
+def _lowest(value: Function, low: Tensor, high: Tensor) -> Tensor:
+    """Return where `value` is least between low and high, if it falls and then rises there."""
+    for _ in range(2 * HALVINGS):  # two thirds are kept
+        first, second = low + (high - low) / 3, high - (high - low) / 3
+        left = value(first) < value(second)
+        low, high = torch.where(left, low, first), torch.where(left, second, high)
+    return (low + high) / 2
+
+
+def _touches(slope: Function, grid: Tensor, turns: tuple[float, ...]) -> tuple[float, ...]:
+    """Return where the slope comes to 0 without a change of sign."""
+    sizes = slope(grid[1:-1]).abs()
+    left, here, right = sizes[:-2], sizes[1:-1], sizes[2:]
+    least = 2 + torch.nonzero((left > FLAT) & (here <= left) & (here < right))[:, 0]
     if not len(least):
         return ()
-    at = search.minimum(size, inner[least - 1], inner[least + 1])
-    at = at[size(at) < VANISHES]
+    at = _lowest(lambda theta: slope(theta).abs(), grid[least - 1], grid[least + 1])
+    at = at[slope(at).abs() < FLAT]
     step = math.pi / (POINTS - 1)
     return tuple(angle for angle in at.tolist() if all(abs(angle - turn) > step for turn in turns))
 
 
-def _cosine_growth(margin: MarginFunction, theta: Tensor) -> Tensor:
-    """Derivative of the cosine penalty, sin θ·(r − 1)."""
-    return -torch.sin(theta) - functions.slope(margin, theta)
-
-
-def _angular_growth(margin: MarginFunction, theta: Tensor) -> Tensor:
-    """Derivative of the angular penalty; not finite where psi is 1 less a whole multiple of 2."""
-    return -functions.slope(margin, theta) / torch.sin(functions.effective_angle(margin, theta)).abs() - 1
-
-
-def _peak(grid: Tensor, penalty: Curve, growth: Curve, margin: MarginFunction) -> Peak:
-    """The largest penalty: where its growth ends, or the stretch of the grid that has it."""
-    sizes = penalty(margin, grid)
-    first = last = int(sizes.argmax())
-    size = float(sizes[first])
-    if size - float(sizes.min()) < UNIFORM:
+def _peak(penalty: Function, grid: Tensor) -> Peak:
+    """Return the largest penalty: one angle, or the stretch of the grid that has it."""
+    sizes = penalty(grid)
+    size, top = float(sizes.max()), int(sizes.argmax())
+    if size - float(sizes.min()) < NOTHING:
         return Peak(size, 0.0, math.pi)
-    if 0 < first < len(grid) - 1:
-        low, high = grid[first - 1 : first], grid[first + 1 : first + 2]
-        if growth(margin, low) > GROWS and growth(margin, high) < -GROWS:
-            top, _ = search.bisect(lambda theta: growth(margin, theta) > 0, low, high)
-            return Peak(float(penalty(margin, top)), float(top), float(top))
-    as_large = sizes >= size - NOTICEABLE
-    while first > 0 and as_large[first - 1]:
-        first -= 1
-    while last < len(grid) - 1 and as_large[last + 1]:
-        last += 1
+    smaller = torch.nonzero(sizes < size - FLAT)[:, 0]
+    first = int(smaller[smaller < top].max()) + 1 if (smaller < top).any() else 0
+    last = int(smaller[smaller > top].min()) - 1 if (smaller > top).any() else len(grid) - 1
+    if first == last and 0 < top < len(grid) - 1:
+        at = _lowest(lambda theta: -penalty(theta), grid[top - 1 : top], grid[top + 1 : top + 2])
+        return Peak(float(penalty(at)), float(at), float(at))
     return Peak(size, float(grid[first]), float(grid[last]))

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from expface_kernels.cli.numbers import byte_count, count, whole
+from expface_kernels.commands import byte_count, count, whole
 
 
 @pytest.mark.parametrize(

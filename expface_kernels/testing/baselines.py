@@ -1,4 +1,4 @@
-"""What a result is held against: the float64 truth, and the textbook in the result's own dtype.
+"""What a result is held against: the float64 truth, and the naive loss in the result's own dtype.
 
 B rows · C classes · D features · x (B, D) embeddings · w (C, D) class centres · y (B,) int64 labels
 """
@@ -19,7 +19,7 @@ Results = tuple[Tensor, Tensor, Tensor]
 
 
 def leaves(x: Tensor, w: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Fresh leaf copies of x and w in `dtype` that want gradients."""
+    """Return fresh leaf copies of x and w in `dtype` that want gradients."""
     return (
         x.detach().to(dtype, copy=True).requires_grad_(),
         w.detach().to(dtype, copy=True).requires_grad_(),
@@ -36,14 +36,14 @@ def backward(loss: Tensor, x: Tensor, w: Tensor, factor: float = 1.0) -> Results
 
 
 def truth(x: Tensor, w: Tensor, y: Tensor, margin: MarginFunction | None = None, **options: Any) -> Results:
-    """(loss, dx, dw) of the float64 reference, at the values that x and w store."""
+    """Return (loss, dx, dw) of the float64 reference, at the values that x and w store."""
     x, w = leaves(x, w, torch.float64)
     loss = reference.margin_cross_entropy(x, w, y, margin, **options)
     assert isinstance(loss, Tensor)
     return backward(loss, x, w)
 
 
-def textbook_loss(
+def naive_loss(
     x: Tensor,
     w: Tensor,
     y: Tensor,
@@ -53,9 +53,9 @@ def textbook_loss(
     reduction: str = "mean",
     target_gradient: str = "exact",
 ) -> Tensor:
-    """What everyone writes first, in x's dtype: normalise, cosines, arccos, margin, F.cross_entropy.
+    """Return the loss that everyone writes first: normalize, cosines, arccos, margin, F.cross_entropy.
 
-    Shares nothing with the package but the margin. Finite only away from cos θ = ±1.
+    In x's dtype. Shares nothing with the package but the margin. Finite only away from cos θ = ±1.
     """
     cos = F.normalize(x) @ F.normalize(w).T
     rows = torch.arange(x.shape[0], device=x.device)
@@ -65,10 +65,10 @@ def textbook_loss(
 
 
 def eager_margin(margin: MarginFunction, rows: int, dtype: torch.dtype) -> tuple[MarginFunction, torch.dtype]:
-    """(margin as the textbook in `dtype` calls it, with what it then computes psi in).
+    """Return the margin as the naive loss in `dtype` calls it, with what it then computes psi in.
 
     The package hands a margin float64 angles alone. One that takes no others, or whose slope does not, is
-    given the textbook's angles in float64. The margin is tried with B = `rows` of them.
+    given the naive loss's angles in float64. The margin is tried with B = `rows` of them.
     """
     theta = torch.linspace(0.0, torch.pi, rows, dtype=torch.float64, device="cpu").to(dtype).requires_grad_()
     try:
@@ -90,6 +90,6 @@ def eager(
     factor: float = 1.0,
     **options: Any,
 ) -> Results:
-    """(loss, dx, dw) of the textbook in `dtype`: the yardstick of `policy.assert_close`."""
+    """Return (loss, dx, dw) of the naive loss in `dtype`: the baseline of `policy.assert_close`."""
     x, w = leaves(x, w, dtype)
-    return backward(textbook_loss(x, w, y, margin, **options), x, w, factor)
+    return backward(naive_loss(x, w, y, margin, **options), x, w, factor)
