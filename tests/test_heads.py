@@ -101,17 +101,6 @@ def test_what_is_assigned_between_steps_is_what_a_fresh_head_would_have(name: st
         assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_schedule_of_margin_and_scale_equals_a_fresh_head_at_each_step() -> None:
-    x, y = small()
-    head = MarginSoftmaxHead(16, 20, ArcFace(0.0))
-    for i in range(4):
-        head.margin.m, head.scale = 0.1 * i, 30.0 + 5 * i
-        assert_same(
-            gradients(head, x, y),
-            gradients(MarginSoftmaxHead(16, 20, ArcFace(0.1 * i), scale=30.0 + 5 * i), x, y),
-        )
-
-
 def test_initial_centres_are_normal_with_deviation_a_hundredth() -> None:
     w = MarginSoftmaxHead(128, 4000).weight.double()
     # Half a million draws: the mean is known to 1.4e-5 and the deviation to 1e-5, so these are 5 sigmas.
@@ -179,14 +168,6 @@ def test_casting_the_head_casts_the_centres_and_their_gradient(dtype: torch.dtyp
     assert dx.dtype == torch.float32
     assert torch.equal(head.weight, stored)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-def test_repr_shows_what_the_head_was_told() -> None:
-    assert repr(MarginSoftmaxHead(16, 20, ArcFace(0.3), scale=30.0, reduction="sum", backend="cpu")) == (
-        "MarginSoftmaxHead(embedding_size=16, num_classes=20, margin=ArcFace(m=0.3, boundary='none'), "
-        "scale=30.0, reduction='sum', target_gradient='detached', backend='cpu')"
-    )
-    assert "(margin): TrainedMargin()" in repr(MarginSoftmaxHead(16, 20, TrainedMargin()))
 
 
 @pytest.mark.parametrize("target_gradient", ["exact", "detached"])

@@ -241,7 +241,6 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
     ("dtypes", "rows"),
     [
         ((F32, F32), 6),
-        ((F64, F64), 6),
         ((torch.bfloat16, F32), 6),
         ((F32, torch.float16), 1),
         ((F32, F32), 0),
