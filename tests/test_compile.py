@@ -84,38 +84,42 @@ def assert_steps_equal(compiled: dict[str, Tensor], eager: dict[str, Tensor]) ->
         assert_close(got.nan_to_num(), value.nan_to_num(), dtype=torch.float32, what=name)
 
 
+class TrainedMargin(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, theta: Tensor) -> Tensor:
+        return torch.cos(theta + self.m)
+
+
+def with_frozen(part: str) -> Model:
+    model = Model()
+    getattr(model, part).requires_grad_(False)
+    return model
+
+
 @pytest.mark.parametrize(
-    "model",
+    ("model", "compiler"),
     [
-        Model(),
-        Model(ArcFace(0.5, "monotonic"), target_gradient="exact", reduction="none"),
-        Model(backend="reference"),
-        ModelWithStats(),
+        (Model(), "aot_eager"),
+        (Model(ArcFace(0.5, "monotonic"), target_gradient="exact", reduction="none"), "aot_eager"),
+        (Model(backend="reference"), "aot_eager"),
+        (Model(TrainedMargin()), "aot_eager"),
+        (ModelWithSubset(), "aot_eager"),
+        (with_frozen("head"), "aot_eager"),
+        (with_frozen("backbone"), "aot_eager"),
+        # The default compiler, which also rewrites what is around the op; the other one is faster.
+        (ModelWithStats(), "inductor"),
     ],
-    ids=["defaults", "exact rows", "reference", "statistics"],
+    ids=["defaults", "exact rows", "reference", "trained", "subset", "no dw", "no dx", "statistics"],
 )
-def test_a_compiled_model_equals_the_eager_one(model: Model) -> None:
+def test_a_compiled_model_is_one_graph_and_equals_the_eager_one(model: Model, compiler: str) -> None:
     x, y = small()
-    y[2] = -100
     model = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert_steps_equal(step(model, compiled, x, y), step(model, model, x, y))
-
-
-def test_inductor_compiles_model_and_statistics_into_one_graph() -> None:
-    """The default compiler, which also rewrites what is around the op; the others here compile faster."""
-    x, y = small()
-    y[2] = -100
-    model = ModelWithStats()
-    compiled = torch.compile(model, fullgraph=True)
-    assert_steps_equal(step(model, compiled, x, y), step(model, model, x, y))
-
-
-def test_a_compiled_class_subset_equals_the_eager_one() -> None:
-    x, y = small()
-    model = ModelWithSubset()
     model.subset = torch.unique(torch.cat([y, torch.tensor([0, CLASSES - 1])]))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    y[2] = -100
+    compiled = torch.compile(model, backend=compiler, fullgraph=True)
     assert_steps_equal(step(model, compiled, x, y), step(model, model, x, y))
 
 
@@ -125,34 +129,6 @@ def test_compiled_autocast_equals_eager_autocast() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_steps_equal(step(model, compiled, x, y), step(model, model, x, y))
-
-
-@pytest.mark.parametrize("frozen", ["weight", "rows"])
-def test_a_frozen_side_stays_without_gradient_when_compiled(frozen: str) -> None:
-    x, y = small()
-    model = Model()
-    (model.head if frozen == "weight" else model.backbone).requires_grad_(False)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    got, expected = step(model, compiled, x, y), step(model, model, x, y)
-    assert ("head.weight" in got) == (frozen != "weight")
-    assert_steps_equal(got, expected)
-
-
-def test_a_margin_with_parameters_trains_when_compiled() -> None:
-    class Trained(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.m = nn.Parameter(torch.tensor(0.3))
-
-        def forward(self, theta: Tensor) -> Tensor:
-            return torch.cos(theta + self.m)
-
-    x, y = small()
-    model = Model(Trained())
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    got = step(model, compiled, x, y)
-    assert got["head.margin.m"] > 0
-    assert_steps_equal(got, step(model, model, x, y))
 
 
 SCHEDULES: dict[str, Callable[[MarginSoftmaxHead, int], None]] = {

@@ -8,18 +8,15 @@ B rows · C classes · D features · x (B, D) · w (C, D) · y (B,)
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from expface_kernels import (
     ArcFace,
-    CombinedMargin,
     CosFace,
     ExpFace,
     MarginSoftmaxHead,
@@ -29,6 +26,7 @@ from expface_kernels import (
 )
 from expface_kernels.margins import MarginFunction
 from tests.cases import MARGINS, batch, gen, leaves, truth
+from tests.steps import step
 from tests.tolerances import (
     FLOOR,
     LOSS_OF_16_BIT_INPUTS,
@@ -42,16 +40,6 @@ from tests.tolerances import (
 WIDE = torch.float64
 Y6 = torch.tensor([0, 34, 35, 63, 64, 69])
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def step(
-    x: Tensor, w: Tensor, y: Tensor, margin: MarginFunction | None = None, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dx, dw) in the dtypes of x and w."""
-    x, w = x.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
-    loss = margin_cross_entropy(x, w, y, margin, **options)
-    loss.sum().backward()
-    return loss.detach(), x.grad, w.grad
 
 
 @pytest.mark.parametrize("margin", MARGINS, ids=repr)
@@ -126,15 +114,6 @@ def test_both_gradients_of_the_margin_exist_and_are_the_known_ones(
     assert_close(torch.linalg.vector_norm(dx), torch.tensor(norm, dtype=WIDE), dtype=WIDE)
 
 
-@pytest.mark.parametrize(
-    ("boundary", "psi"), [("none", -0.936456687), ("monotonic", -1.229705266), ("easy", -0.989992497)]
-)
-def test_each_rule_past_pi_minus_m_has_a_name_and_its_value(boundary: str, psi: float) -> None:
-    # arcface-pytorch 24, IF 247, PML 539: five rules in as many repositories.
-    theta = torch.tensor([3.0], dtype=WIDE)
-    assert f"{float(ArcFace(0.5, boundary)(theta)):.9f}" == f"{psi:.9f}"
-
-
 @pytest.mark.parametrize("scale", [64.0, 128.0, 256.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_loss_above_69_is_told_as_it_is(scale: float, dtype: torch.dtype, backend: str) -> None:
@@ -147,29 +126,6 @@ def test_a_loss_above_69_is_told_as_it_is(scale: float, dtype: torch.dtype, back
     assert loss > 69.08
     assert_close(loss, expected, dtype=torch.float32)
     assert_close(x.grad, dx, dtype=dtype)  # no clamp cuts the gradient either
-
-
-def test_a_users_minus_one_is_a_mistake_unless_it_is_the_ignore_index(backend: str) -> None:
-    # IF PartialFC_V2: a label of −1 costs 69.08 and counts in the mean.
-    x, w, _ = batch("random", 2, 5, 8)
-    y = torch.tensor([-1, 3])
-    with pytest.raises(ValueError, match=re.escape("got -1 in row 0")):
-        margin_cross_entropy(x, w, y, backend=backend)
-    got = step(x, w, y, ignore_index=-1, backend=backend)
-    alone = truth(x[1:], w, y[1:])
-    assert_close(got[0], alone[0], dtype=WIDE)
-    assert_close(got[2], alone[2], dtype=WIDE)
-    assert (got[1][0] == 0).all()
-
-
-@pytest.mark.parametrize("labels", [[0, 5], [5, 1], [1, 5]])
-def test_a_label_of_as_many_as_there_are_classes_is_an_error(labels: list[int], backend: str) -> None:
-    # Paddle 10945 and 35482, Liger: read past the end, silently or as a device assert.
-    x, w, _ = batch("random", 2, 5, 8)
-    with pytest.raises(
-        ValueError, match=re.escape(f"0 <= label < 5 or ignore_index=-100, got 5 in row {labels.index(5)}")
-    ):
-        margin_cross_entropy(x, w, torch.tensor(labels), backend=backend)
 
 
 def test_a_smaller_last_batch_is_the_mean_over_the_rows_there_are(backend: str) -> None:
@@ -200,54 +156,6 @@ def test_two_batches_accumulated_are_one_of_twice_the_size(backend: str) -> None
             for part in (slice(0, 4), slice(4, 8)):
                 (head(x[part], y[part]) / 2).backward()
         assert_close(head.weight.grad, expected, dtype=WIDE)
-
-
-def test_all_three_margins_count_together() -> None:
-    # IF CombinedMarginLoss: m2 is dropped when m3 > 0.
-    theta = torch.arccos(torch.tensor([0.5], dtype=WIDE))
-    assert f"{float(CombinedMargin(1.0, 0.3, 0.2)(theta)):.10f}" == "0.0217402383"
-    for one_more in (
-        CombinedMargin(1.1, 0.3, 0.2),
-        CombinedMargin(1.0, 0.4, 0.2),
-        CombinedMargin(1.0, 0.3, 0.3),
-    ):
-        assert one_more(theta) != CombinedMargin(1.0, 0.3, 0.2)(theta)
-
-
-@pytest.mark.parametrize(
-    ("x_dtype", "w_dtype"),
-    [(torch.float16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)],
-    ids=str,
-)
-def test_mixed_dtypes_work_and_a_step_leaves_the_weight_where_it_is(
-    x_dtype: torch.dtype, w_dtype: torch.dtype, backend: str
-) -> None:
-    # PML 309 and 300: the forward casts the module's weight; an optimizer goes on holding the old one.
-    x, _, y = batch("random", 8, 20, 16)
-    head = MarginSoftmaxHead(16, 20, backend=backend, dtype=w_dtype)
-    parameter, address, before = head.weight, head.weight.data_ptr(), head.weight.detach().clone()
-    loss = head(x.to(x_dtype), y)
-    loss.backward()
-    assert head.weight is parameter
-    assert head.weight.data_ptr() == address
-    assert head.weight.dtype == head.weight.grad.dtype == w_dtype
-    assert torch.equal(head.weight.detach(), before)
-    assert loss.dtype == torch.float32
-
-
-@pytest.mark.parametrize("where", ["one feature", "the whole row"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_row_with_nan_or_inf_is_told_apart_and_spoils_no_other(
-    where: str, value: float, backend: str
-) -> None:
-    # Many: NaN after hours of training, and no way to say which row began it.
-    x, w, y = batch("random", 6, 20, 16)
-    clean = margin_cross_entropy(x, w, y, reduction="none", backend=backend)
-    x[2, slice(5, 6) if where == "one feature" else slice(None)] = value
-    rows = margin_cross_entropy(x, w, y, reduction="none", backend=backend)
-    others = torch.arange(6) != 2
-    assert rows[2].isnan()
-    assert torch.equal(rows[others], clean[others])
 
 
 def test_gradients_of_the_centres_are_summed_in_float32(backend: str) -> None:
@@ -291,16 +199,6 @@ def test_evaluation_and_frozen_inputs_give_the_same_loss(frozen: str, backend: s
         assert (x if frozen == "x" else w).grad is None
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("padding", [1.0, math.nan, math.inf])
-def test_a_batch_of_nothing_but_ignored_rows_is_zero(reduction: str, padding: float, backend: str) -> None:
-    # CCE, aiter 5165: 0/0, or an infinite weight.
-    x, w, _ = batch("random", 4, 20, 16)
-    got = step(x * padding, w, torch.full((4,), -100), reduction=reduction, backend=backend)
-    for value in got:
-        assert (value == 0).all()
-
-
 def test_no_probability_of_an_unlearnt_row_is_too_small_to_count(backend: str) -> None:
     # CCE: a fixed threshold of 2⁻¹². At random init every probability is below it, and together they are all.
     x, w, y = batch("random", 4, 20000, 16)
@@ -311,17 +209,6 @@ def test_no_probability_of_an_unlearnt_row_is_too_small_to_count(backend: str) -
     got = step(x.float(), w.float(), y, NormFace(), backend=backend, **options)
     for name, value, right in zip(("loss", "dx", "dw"), got, exact, strict=True):
         assert_close(value, right, dtype=torch.float32, what=name)
-
-
-@pytest.mark.parametrize("margin", [ExpFace(), ArcFace(), CosFace(), NormFace()], ids=repr)
-def test_accepted_arguments_are_never_ignored(margin: MarginFunction, backend: str) -> None:
-    # PML 746: reduction="none" taken by every loss and obeyed by some, unknown arguments lost in **kwargs.
-    x, w, y = batch("random", 6, 20, 16)
-    head = MarginSoftmaxHead(16, 20, margin, reduction="none", backend=backend)
-    assert head(x, y).shape == margin_cross_entropy(x, w, y, margin, reduction="none").shape == (6,)
-    for make in (MarginSoftmaxHead, margin_cross_entropy):
-        with pytest.raises(TypeError, match="unexpected keyword argument 'reducer'"):
-            make(x, w, reducer="mean")
 
 
 def test_constants_of_a_margin_are_read_at_every_step_not_at_construction(backend: str) -> None:

@@ -81,32 +81,6 @@ def test_an_ignore_index_inside_the_range_is_still_ignored() -> None:
     assert ops.local_labels(torch.tensor([2, 1, 2]), None, 7, 2).tolist() == [NO_TARGET, 1, NO_TARGET]
 
 
-@pytest.mark.parametrize("label", [-1, 7, 2**40, -(2**40)])
-def test_a_label_out_of_range_names_itself_and_its_row(label: int) -> None:
-    with pytest.raises(ValueError, match=rf"labels: expected 0 <= label < 7.*got {label} in row 1"):
-        ops.local_labels(torch.tensor([3, label]), None, 7, -100)
-
-
-def test_a_uint64_label_past_int64_is_out_of_range() -> None:
-    labels = torch.tensor([3, 2**63 - 1]).to(torch.uint64) * 2  # 2^64 − 2, which as int64 is −2
-    with pytest.raises(ValueError, match="labels: expected 0 <= label < 7"):
-        ops.local_labels(labels, None, 7, -100)
-
-
-@pytest.mark.parametrize("label", [1, 4, 5])
-def test_a_label_that_the_subset_lacks_is_named(label: int) -> None:
-    with pytest.raises(ValueError, match=rf"must be in class_subset, got {label} in row 0"):
-        ops.local_labels(torch.tensor([label, 2]), torch.tensor([0, 2, 3]), 7, -100)
-
-
-@pytest.mark.parametrize("subset", [[0, 2, 2], [2, 0], [-1, 2], [2, 7]])
-def test_a_subset_out_of_order_or_range_is_refused(subset: list[int]) -> None:
-    with pytest.raises(
-        ValueError, match=r"class_subset: expected sorted classes without repeats in \[0, 7\)"
-    ):
-        ops.local_labels(torch.tensor([2]), torch.tensor(subset), 7, -100)
-
-
 @op_backend
 @pytest.mark.parametrize("workspace_bytes", [0, 2**20])
 def test_a_row_without_a_target_here_sums_over_all_classes(
@@ -267,7 +241,6 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
     ("dtypes", "rows"),
     [
         ((F32, F32), 6),
-        ((F64, F64), 6),
         ((torch.bfloat16, F32), 6),
         ((F32, torch.float16), 1),
         ((F32, F32), 0),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import pickle
 import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -150,62 +152,134 @@ def test_ranks_that_build_another_head_are_named_with_what_they_said() -> None:
         assert told["right after all"] == ""
 
 
+Call = Callable[[MarginSoftmaxHead, Tensor, Tensor], Any]
+
+
+def step(head: MarginSoftmaxHead, x: Tensor, y: Tensor) -> Any:
+    return head(x, y)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What rank 1 does another way, and what the ranks are told."""
+
+    words: str
+    """Of rank 1's own error where `kind` is given; else "name: values", in which the ranks differ."""
+    odd: Call = step
+    usual: Call = step
+    attributes: dict[str, Any] = field(default_factory=dict)
+    """Of rank 1's head in this step."""
+    kind: str = ""
+    """Of the error that rank 1 raises, of which the others hear; "" where ranks find out by comparing."""
+
+    def told(self, rank: int) -> str:
+        if not self.kind:
+            name, values = self.words.split(": ", 1)
+            return f"{name}: expected the same on every rank of process_group, got {values} on rank 1"
+        if rank == ODD_ONE:
+            return f"{self.kind}: {self.words}"
+        named = "" if self.kind in ("ValueError", "TypeError", "RuntimeError") else f"{self.kind}: "
+        return f"ValueError: rank 1 of process_group refused this call: {named}{self.words}"
+
+
+def no_grad_step(head: MarginSoftmaxHead, x: Tensor, y: Tensor) -> Any:
+    with torch.no_grad():
+        return head(x, y)
+
+
+def changed(name: str, value: Any, words: str) -> Fault:
+    return Fault(f"{name}: {words}", attributes={name: value})
+
+
+def refused(words: str, odd: Call, usual: Call = step, kind: str = "ValueError") -> Fault:
+    return Fault(words, odd, usual, kind=kind)
+
+
+def nearest(k: Any) -> Call:
+    return lambda head, x, y: head.topk(x, k)
+
+
+FLOAT = "torch.float32, requires_grad=True on ranks 0, 2"
+NARROW = "embeddings: expected 8 features as in weight (4, 8), got shape (3, 7)"
+FAULTS = {
+    "margin": changed("margin", CosFace(0.1), "ExpFace(m=0.7) on ranks 0, 2, CosFace(m=0.1)"),
+    "scale": changed("scale", 32.0, "64.0 on ranks 0, 2, 32.0"),
+    "reduction": changed("reduction", "sum", "mean on ranks 0, 2, sum"),
+    "target_gradient": changed("target_gradient", "exact", "detached on ranks 0, 2, exact"),
+    "embedding_grad_scale": changed("embedding_grad_scale", 1.0, "3.0 on ranks 0, 2, 1.0"),
+    "backend": changed("backend", "reference", "auto on ranks 0, 2, reference"),
+    "training": Fault("sample_rate: 0.9 on ranks 0, 2, 1.0", attributes={"training": False}),
+    "per-row margin": Fault(
+        "per-row margin: False on ranks 0, 2, True", attributes={"margin": ExpFace(torch.full((3,), 0.7))}
+    ),
+    "rows of the margin": Fault(
+        "margin: expected m of shape (3,), one value for each of this rank's rows, got (4,)",
+        attributes={"margin": ExpFace(torch.full((4,), 0.7))},
+        kind="ValueError",
+    ),
+    "triton": Fault(
+        'backend "triton" cannot serve this call: ', attributes={"backend": "triton"}, kind="RuntimeError"
+    ),
+    "return_stats": Fault(
+        "return_stats: False on ranks 0, 2, True", lambda head, x, y: head(x, y, return_stats=True)
+    ),
+    "dtype": Fault(
+        f"embeddings: {FLOAT}, torch.float64, requires_grad=True",
+        lambda head, x, y: head(x.detach().double().requires_grad_(), y),
+    ),
+    "frozen": Fault(
+        f"embeddings: {FLOAT}, torch.float32, requires_grad=False", lambda head, x, y: head(x.detach(), y)
+    ),
+    "grad mode": Fault("grad_enabled: True on ranks 0, 2, False", no_grad_step),
+    "shape": refused(NARROW, lambda head, x, y: head(x[:, :-1], y)),
+    "no tensor": refused(
+        "embeddings: expected a tensor (B, D), got list",
+        lambda head, x, y: head([1.0], y),  # type: ignore[arg-type]
+        kind="TypeError",
+    ),
+    "float labels": refused(
+        "labels: expected an integer dtype, got torch.float32",
+        lambda head, x, y: head(x, y.float()),
+        kind="TypeError",
+    ),
+    "label out of range": refused(
+        "labels: expected 0 <= label < 10 or ignore_index=-100, got 10 in row 2",
+        lambda head, x, y: head(x, y + 1),
+    ),
+    "labels missing": refused(
+        "labels: expected shape (3,) or (3, 1), got (2,)", lambda head, x, y: head(x, y[:2])
+    ),
+    "k": Fault("k: 2 on ranks 0, 2, 3", nearest(3), nearest(2)),
+    "k too large": refused(
+        "k: expected at most the 10 classes there are, got 11", nearest(C + 1), nearest(C)
+    ),
+    "k of no kind": refused("k: expected an int, got NoneType None", nearest(None), nearest(C), "TypeError"),
+    "topk of wrong rows": refused(NARROW, lambda head, x, y: head.topk(x[:, :-1], C), nearest(C)),
+    "topk": Fault("call: loss on ranks 0, 2, topk", nearest(2)),
+}
+
+
 def stepping(group: Any) -> dict[str, str]:
-    """The same of calls: rank 1 does one thing another way, then all go on as if nothing had been."""
+    """Rank 1 does one thing another way, for each of FAULTS; then all go on as if nothing had been."""
     odd = group.rank() == ODD_ONE
     head = built(group, sample_rate=0.9)
     x, y = torch.randn(3, D, requires_grad=True), torch.tensor([0, 5, C - 1])
     told = {}
-
-    def call(**changed: Any) -> None:
-        arguments = {"x": x, "y": y, "return_stats": False, **(changed if odd else {})}
-        head(arguments["x"], arguments["y"], return_stats=arguments["return_stats"])
-
-    def with_attribute(name: str, value: Any) -> str:
-        usual = getattr(head, name)
-        if odd:
-            setattr(head, name, value)
-        found = message(call)
-        setattr(head, name, usual)
-        return found
-
-    for name, value in (
-        ("margin", CosFace(0.1)),
-        ("scale", 32.0),
-        ("reduction", "sum"),
-        ("target_gradient", "exact"),
-        ("embedding_grad_scale", 1.0),
-        ("training", False),
-    ):
-        told[name] = with_attribute(name, value)
-    told["per-row margin"] = with_attribute("margin", ExpFace(torch.full((3,), 0.7)))
-    told["rows of the margin"] = with_attribute("margin", ExpFace(torch.full((4,), 0.7)))
-    told["return_stats"] = message(lambda: call(return_stats=True))
-    told["dtype"] = message(lambda: call(x=x.detach().double().requires_grad_()))
-    told["frozen"] = message(lambda: call(x=x.detach()))
-    with torch.set_grad_enabled(not odd):
-        told["grad mode"] = message(call)
-    told["shape"] = message(lambda: call(x=x[:, :-1]))
-    told["not a tensor"] = message(lambda: call(x=[1.0]))
-    told["float labels"] = message(lambda: call(y=y.float()))
-    told["label out of range"] = message(lambda: call(y=y + 1))
-    told["labels missing"] = message(lambda: call(y=y[:2]))
-    told["k"] = message(lambda: head.topk(x, 3 if odd else 2))
-    told["k too large"] = message(lambda: head.topk(x, C + 1 if odd else C))
-    told["k of no kind"] = message(lambda: head.topk(x, None if odd else C))
-    told["topk of wrong rows"] = message(lambda: head.topk(x[:, :-1] if odd else x, C))
-    told["topk"] = message(lambda: head.topk(x, 2) if odd else head(x, y))
-    told["other backend"] = with_attribute("backend", "reference")
-    told["no such backend here"] = with_attribute("backend", "triton")
+    for name, fault in FAULTS.items():
+        before = {attribute: getattr(head, attribute) for attribute in fault.attributes}
+        for attribute, value in fault.attributes.items() if odd else ():
+            setattr(head, attribute, value)
+        act = fault.odd if odd else fault.usual
+        told[name] = message(lambda act=act: act(head, x, y))
+        for attribute, value in before.items():
+            setattr(head, attribute, value)
     few = built(group, num_classes=2, backend="triton")  # the last rank has no class
     told["no such backend, empty shard"] = message(lambda: few(x, y.clamp_max(1)))
     told["no such backend, topk"] = message(lambda: few.topk(x, 1))
-    usual, told_by_margin = head.margin, []
+    usual = head.margin
     for gradient in ("detached", "exact"):
         head.target_gradient, head.margin = gradient, Moody(odd)
-        told_by_margin.append(message(lambda: head(x, y)))
-    told["margin that raises"] = told_by_margin[0]
-    told["margin that raises, exact"] = told_by_margin[1]
+        told[f"margin that raises, {gradient}"] = message(lambda: head(x, y))
     head.margin = TrainedByRow()
     told["trained by row"] = message(lambda: head(x, y))
     head.margin.requires_grad_(False)
@@ -217,61 +291,16 @@ def stepping(group: Any) -> dict[str, str]:
 
 
 def test_ranks_that_step_another_way_are_told_and_may_go_on() -> None:
-    same = "expected the same on every rank of process_group, got"
+    moody = Fault("'not these rows'", kind="KeyError")
     for rank, told in enumerate(run_ranks(3, stepping)):
-
-        def refused(text: str, kind: str = "ValueError", rank: int = rank) -> str:
-            others = f"ValueError: rank 1 of process_group refused this call: {text}"
-            return f"{kind}: {text}" if rank == ODD_ONE else others
-
-        for name, usual, other in (
-            ("margin", "ExpFace(m=0.7)", "CosFace(m=0.1)"),
-            ("scale", "64.0", "32.0"),
-            ("reduction", "mean", "sum"),
-            ("target_gradient", "detached", "exact"),
-            ("embedding_grad_scale", "3.0", "1.0"),
-            ("return_stats", "False", "True"),
-        ):
-            assert told[name] == f"ValueError: {name}: {same} {usual} on ranks 0, 2, {other} on rank 1"
-        assert f"sample_rate: {same} 0.9 on ranks 0, 2, 1.0 on rank 1" in told["training"]
-        assert f"per-row margin: {same} False on ranks 0, 2, True on rank 1" in told["per-row margin"]
-        assert told["rows of the margin"] == refused(
-            "margin: expected m of shape (3,), one value for each of this rank's rows, got (4,)"
-        )
-        assert f"embeddings: {same} torch.float32, requires_grad=True on ranks 0, 2" in told["dtype"]
-        assert "torch.float64, requires_grad=True on rank 1" in told["dtype"]
-        assert "torch.float32, requires_grad=False on rank 1" in told["frozen"]
-        assert f"grad_enabled: {same} True on ranks 0, 2, False on rank 1" in told["grad mode"]
-        assert told["shape"] == refused(
-            "embeddings: expected 8 features as in weight (4, 8), got shape (3, 7)"
-        )
-        assert told["not a tensor"] == refused("embeddings: expected a tensor (B, D), got list", "TypeError")
-        assert told["float labels"] == refused(
-            "labels: expected an integer dtype, got torch.float32", "TypeError"
-        )
-        assert told["label out of range"] == refused(
-            "labels: expected 0 <= label < 10 or ignore_index=-100, got 10 in row 2"
-        )
-        assert told["labels missing"] == refused("labels: expected shape (3,) or (3, 1), got (2,)")
-        assert told["k"] == f"ValueError: k: {same} 2 on ranks 0, 2, 3 on rank 1"
-        assert told["k too large"] == refused("k: expected at most the 10 classes there are, got 11")
-        assert told["k of no kind"] == refused("k: expected an int, got NoneType None", "TypeError")
-        assert told["topk of wrong rows"] == told["shape"]
-        assert f"; call: {same} loss on ranks 0, 2, topk on rank 1" in told["topk"]
-        assert told["other backend"] == f"ValueError: backend: {same} auto on ranks 0, 2, reference on rank 1"
-        served = 'backend "triton" cannot serve this call: '
-        others = (
-            "RuntimeError: " if rank == ODD_ONE else "ValueError: rank 1 of process_group refused this call: "
-        )
-        assert told["no such backend here"].startswith(others + served)
+        for name, fault in FAULTS.items():
+            assert fault.told(rank) in told[name], name
         for call in ("empty shard", "topk"):
-            assert told[f"no such backend, {call}"].startswith("RuntimeError: " + served)
-        for gradient in ("", ", exact"):
-            assert told["margin that raises" + gradient] == (
-                "KeyError: 'not these rows'"
-                if rank == ODD_ONE
-                else "ValueError: rank 1 of process_group refused this call: KeyError: 'not these rows'"
+            assert told[f"no such backend, {call}"].startswith(
+                'RuntimeError: backend "triton" cannot serve this call: '
             )
+        for gradient in ("detached", "exact"):
+            assert told[f"margin that raises, {gradient}"] == moody.told(rank)
         assert told["trained by row"].startswith(
             "ValueError: margin: expected one without parameters that train, since it has a value a row"
         )

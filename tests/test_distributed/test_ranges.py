@@ -7,15 +7,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from expface_kernels.distributed.ranges import ClassRange, insightface_ranges, shard_ranges
 
-SIZES = [(c, w) for c in (1, 2, 3, 5, 10, 11, 16, 1001, 1003) for w in (1, 2, 3, 4, 7, 16)]
 Rule = Callable[[int, int], list[ClassRange]]
 
 
+def for_any_sizes(test: Callable[..., None]) -> Callable[..., None]:
+    """More and fewer classes than ranks, the same ones in every run."""
+    sizes = given(classes=st.integers(1, 1003), ranks=st.integers(1, 20))
+    return settings(deadline=None, derandomize=True, max_examples=60)(sizes(test))
+
+
 @pytest.mark.parametrize("rule", [shard_ranges, insightface_ranges])
-@pytest.mark.parametrize(("classes", "ranks"), SIZES)
+@for_any_sizes
 def test_ranges_lie_end_to_end_and_cover_every_class_once(rule: Rule, classes: int, ranks: int) -> None:
     ranges = rule(classes, ranks)
     assert len(ranges) == ranks
@@ -26,7 +33,7 @@ def test_ranges_lie_end_to_end_and_cover_every_class_once(rule: Rule, classes: i
     assert all(r.size >= 0 for r in ranges)
 
 
-@pytest.mark.parametrize(("classes", "ranks"), SIZES)
+@for_any_sizes
 def test_shards_are_the_chunks_that_torch_cuts(classes: int, ranks: int) -> None:
     # DTensor's Shard(0) is defined as torch.chunk, with empty tensors for the ranks that get none.
     chunks = [chunk.tolist() for chunk in torch.arange(classes).chunk(ranks)]
@@ -34,7 +41,7 @@ def test_shards_are_the_chunks_that_torch_cuts(classes: int, ranks: int) -> None
     assert [list(range(r.start, r.stop)) for r in shard_ranges(classes, ranks)] == chunks
 
 
-@pytest.mark.parametrize(("classes", "ranks"), SIZES)
+@for_any_sizes
 def test_insightface_sizes_follow_its_formula(classes: int, ranks: int) -> None:
     for rank, found in enumerate(insightface_ranges(classes, ranks)):
         assert found.size == classes // ranks + int(rank < classes % ranks)
