@@ -6,7 +6,6 @@ run without data: an operator reads its inputs and writes its outputs, a view mo
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -15,14 +14,12 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.cases import DTYPES, Case
 from bench.peers import get
-from bench.peers.heads import margin_loss
+from bench.peers.heads import margin_loss, our_costs
 from bench.records import BYTES, FLOPS, MOVED, ROOFLINE, Measurement
 from expface_kernels.workshop import costs
-from expface_kernels.workshop.recording import Case as Launches
 from expface_kernels.workshop.traffic import PeakMemory, traffic
 
 MODELED = ("bfloat16", "float16", "float32")
-DEFAULT_ARCH = "sm_90"
 
 
 class Operators(TorchDispatchMode):
@@ -50,29 +47,6 @@ def eager_costs(case: Case, dtype: torch.dtype) -> costs.Costs:
     with memory, operators:
         margin_loss(x, w, labels, case.margin_function(), case.scale, case.target_gradient).backward()
     return costs.Costs(tuple(operators.steps), memory.peak, w.nbytes)
-
-
-@functools.cache
-def our_costs(case: Case, workspace_bytes: int, arch: str) -> costs.Costs:
-    """Count ours from the launches that it makes on such a GPU."""
-    dtype = DTYPES[case.dtype]
-    product = None if case.autocast is None else case.product_dtype
-    launches = Launches(
-        case.rows,
-        case.classes,
-        case.features,
-        dtype,
-        dtype,
-        scale=case.scale,
-        workspace_bytes=workspace_bytes,
-        product_dtype=product,
-    )
-    return costs.costs(launches, arch)
-
-
-def extra_bytes(case: Case, workspace_bytes: int) -> int:
-    """Count the peak bytes of ours beside inputs and gradients."""
-    return our_costs(case, workspace_bytes, DEFAULT_ARCH).extra
 
 
 def seconds(case: Case, workspace_bytes: int, card: str) -> float | None:

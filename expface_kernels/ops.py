@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels import backends
-from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, Request, compute_dtype
+from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, OpConfig, compute_dtype
 
 
 @torch.library.custom_op("expface_kernels::local_labels", mutates_args=())
@@ -107,10 +107,10 @@ def cosine_lse(
     these two are differentiable; what was not asked for has size 0. sparse_grad: the gradient of w is a
     sparse COO tensor with the subset's rows (no torch.compile).
     """
-    request = Request(scale.item(), keep, workspace_bytes, find_hardest, product_dtype)
+    config = OpConfig(scale.item(), keep, workspace_bytes, find_hardest, product_dtype)
     with torch.autocast(x.device.type, enabled=False):
         # A plain tuple: the schema of a custom op knows no named one.
-        out = backends.serving_op(backend, x, w).forward(x, w, y, class_subset, request)
+        out = backends.require_op_backend(backend, x, w).forward(x, w, y, class_subset, config)
         return out[0], out[1], out[2], out[3], out[4], out[5]
 
 
@@ -130,8 +130,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, classes = x.shape[0], (w if class_subset is None else class_subset).shape[0]
     dtype = compute_dtype(x, w)
-    request = Request(1.0, keep, workspace_bytes, find_hardest, product_dtype)  # no size depends on s
-    numel = backends.op_backend(backend).workspace_numel(x, w, classes, request) if keep else 0
+    config = OpConfig(1.0, keep, workspace_bytes, find_hardest, product_dtype)  # no size depends on s
+    numel = backends.op_backend(backend).workspace_numel(x, w, classes, config) if keep else 0
     found = rows if find_hardest else 0
     return (
         x.new_empty(rows, dtype=torch.float64),
@@ -162,10 +162,10 @@ def cosine_lse_backward(
     sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return dx (B, D) and dw (C_all, D), or (S, D) if sparse, in inputs' dtypes; of size 0 if not needed."""
-    request = Request(scale.item(), True, workspace_bytes, False, product_dtype, sparse_grad)
+    config = OpConfig(scale.item(), True, workspace_bytes, False, product_dtype, sparse_grad)
     with torch.autocast(x.device.type, enabled=False):
-        dx, dw = backends.serving_op(backend, x, w).backward(
-            x, w, y, class_subset, log_l, workspace, g_log_l, g_theta, request, need_dx, need_dw
+        dx, dw = backends.require_op_backend(backend, x, w).backward(
+            x, w, y, class_subset, log_l, workspace, g_log_l, g_theta, config, need_dx, need_dw
         )
     return x.new_empty(0) if dx is None else dx, w.new_empty(0) if dw is None else dw
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from expface_kernels import backends, ops
-from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, Forward, Request
+from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, Forward, OpConfig
 from expface_kernels.checks import (
     check_class_subset,
     check_k,
@@ -161,7 +161,7 @@ def _check_rows(x: Tensor, local: Tensor, options: LossOptions, shard: Shard | N
     check_rows_and_centres(x, local if held else local.new_empty(1, local.shape[1]))
     # A rank without rows takes on the dtype of the others', who check it.
     rows = x if x.shape[0] else local
-    backends.serving(backends.resolve(options.backend, rows, local), rows, local)
+    backends.require_backend(backends.resolve(options.backend, rows, local), rows, local)
 
 
 def _checked_labels(
@@ -278,12 +278,12 @@ def negatives(
         if threshold is not None:
             out = backends.REFERENCE.forward_filtered(rows, w, y, class_subset, options.scale, threshold)
         else:
-            request = Request(options.scale, keep, memory, find_hardest, product_dtype, options.sparse_grad)
-            out = backends.REFERENCE.forward(rows, w, y, class_subset, request)
+            config = OpConfig(options.scale, keep, memory, find_hardest, product_dtype, options.sparse_grad)
+            out = backends.REFERENCE.forward(rows, w, y, class_subset, config)
     else:
         _refuse_functorch(x, w)
         # Here, where the scale is a number: inside the op no size may depend on it.
-        memory = backends.op_backend(name).usable_workspace(memory, options.scale)
+        memory = backends.op_backend(name).effective_workspace_bytes(memory, options.scale)
         scale = as_tensor(options.scale, torch.ones((), dtype=torch.float64, device="cpu"))
         out = Forward(
             *ops.cosine_lse(
@@ -343,7 +343,7 @@ def topk_cosine(
     k = check_k(k, weight.shape[0])
     name = backends.resolve(backend, embeddings, weight)
     with torch.autocast(embeddings.device.type, enabled=False):
-        return backends.serving(name, embeddings, weight).topk(embeddings, weight, k)
+        return backends.require_backend(name, embeddings, weight).topk(embeddings, weight, k)
 
 
 @torch.no_grad()

@@ -42,8 +42,8 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _lent_memory_holds_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers that the pool lends hold NaN, not by chance the right values of an earlier step."""
-    lend = workspace.lend
-    monkeypatch.setattr(workspace, "lend", lambda numel, dtype: lend(numel, dtype).fill_(torch.nan))
+    allocate = workspace.allocate
+    monkeypatch.setattr(workspace, "allocate", lambda numel, dtype: allocate(numel, dtype).fill_(torch.nan))
 
 
 @pytest.fixture(autouse=True)

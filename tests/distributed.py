@@ -191,5 +191,5 @@ def _lend_nan() -> None:
     """As conftest does for tests in this process: memory from the pool holds NaN, not an older step's."""
     from expface_kernels.backends import workspace
 
-    lend = workspace.lend
-    workspace.lend = lambda numel, dtype: lend(numel, dtype).fill_(torch.nan)
+    allocate = workspace.allocate
+    workspace.allocate = lambda numel, dtype: allocate(numel, dtype).fill_(torch.nan)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expface_kernels import ExpFace, margin_cross_entropy
 from expface_kernels.backends import cpu
-from expface_kernels.backends.base import Pairs
+from expface_kernels.backends.base import TargetGeometry
 from tests.cases import batch, eager, leaves, truth
 from tests.tolerances import CAPS, assert_close, assert_rows_close, relative_error, row_cap
 
@@ -79,7 +79,7 @@ def _dropped_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _dropped_tangent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pairs, "tangents", lambda self: (torch.zeros_like(self.xn),) * 2)
+    monkeypatch.setattr(TargetGeometry, "tangents", lambda self: (torch.zeros_like(self.xn),) * 2)
 
 
 def _half_tangent_to_the_centres(monkeypatch: pytest.MonkeyPatch) -> None:

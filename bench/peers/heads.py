@@ -5,22 +5,26 @@ B rows · C classes · D features · S classes that take part · s scale
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case, Inputs
+from bench.cases import DTYPES, Case, Inputs
 from bench.peers.base import Peer, Step, mode, step_of
 from expface_kernels import backends, margin_cross_entropy
 from expface_kernels.backends.cpu import TILE_CLASSES
 from expface_kernels.backends.products import TILE_ELEMENTS
 from expface_kernels.functional import DEFAULT_WORKSPACE_BYTES
 from expface_kernels.margins import MarginFunction
+
+if TYPE_CHECKING:
+    from expface_kernels.workshop.costs import Costs
 
 # Keeps the slope of arccos finite at x ∥ w, as published heads do; 1 − 1e-7 is a float32 below 1.
 COS_LIMIT = 1 - 1e-7
@@ -169,6 +173,29 @@ class PartialFC(Peer):
         return step_of(case, forward)
 
 
+DEFAULT_ARCH = "sm_90"
+"""Whose launches are counted where memory is asked for."""
+
+
+@functools.cache
+def our_costs(case: Case, workspace_bytes: int, arch: str) -> Costs:
+    """Count ours from the launches that it makes on such a GPU; this needs Triton, not a GPU."""
+    from expface_kernels.workshop import costs, recording
+
+    dtype = DTYPES[case.dtype]
+    launches = recording.Case(
+        case.rows,
+        case.classes,
+        case.features,
+        dtype,
+        dtype,
+        scale=case.scale,
+        workspace_bytes=workspace_bytes,
+        product_dtype=None if case.autocast is None else case.product_dtype,
+    )
+    return costs.costs(launches, arch)
+
+
 class Ours(Peer):
     """Runs `margin_cross_entropy`: "ours" by default, "ours@N" with a workspace of N bytes."""
 
@@ -190,9 +217,7 @@ class Ours(Peer):
     def extra_bytes(self, case: Case) -> int:
         """Ask the cost model on a GPU; else count cached exponentials, a tile, one number per class."""
         if case.device == "cuda":
-            from bench import model  # needs Triton, which not every system has
-
-            return model.extra_bytes(case, self.workspace_bytes)
+            return our_costs(case, self.workspace_bytes, DEFAULT_ARCH).extra
         logits = case.rows * case.taking_part
         kept = min(self.workspace_bytes, logits * case.itemsize) if case.backward else 0
         # A sample's tile of centers is copied, and so is that of their gradients.

@@ -46,14 +46,14 @@ def op_backend(name: str) -> OpBackend:
     return _OP_BACKENDS[name]
 
 
-def serving(name: str, x: Tensor, w: Tensor) -> Backend:
+def require_backend(name: str, x: Tensor, w: Tensor) -> Backend:
     """Return the backend, able to take x and w; RuntimeError with its reason where it is not."""
     backend = REFERENCE if name == "reference" else op_backend(name)
     _check_serves(backend, x, w)
     return backend
 
 
-def serving_op(name: str, x: Tensor, w: Tensor) -> OpBackend:
+def require_op_backend(name: str, x: Tensor, w: Tensor) -> OpBackend:
     """Do the same for the op."""
     backend = op_backend(name)
     _check_serves(backend, x, w)

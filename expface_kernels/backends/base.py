@@ -20,7 +20,7 @@ INVALID_TARGET = -2
 
 
 @dataclass(frozen=True)
-class Request:
+class OpConfig:
     """Says what one call of the op asks for; nothing in it depends on a tensor's values."""
 
     scale: float
@@ -62,7 +62,7 @@ class Backend(Protocol):
         """Return why it cannot take these inputs; None where it can."""
 
     def forward(
-        self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
+        self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, config: OpConfig
     ) -> Forward:
         """Compute the op's outputs."""
 
@@ -73,13 +73,13 @@ class Backend(Protocol):
 class OpBackend(Backend, Protocol):
     """A backend behind the custom op: autograd does not see into it, so it brings its own backward."""
 
-    def workspace_numel(self, x: Tensor, w: Tensor, classes: int, request: Request) -> int:
+    def workspace_numel(self, x: Tensor, w: Tensor, classes: int, config: OpConfig) -> int:
         """Return how many elements of compute_dtype the workspace has that forward returns for `keep`.
 
-        x and w may be without data, and `request.scale` is not the real one.
+        x and w may be without data, and `config.scale` is not the real one.
         """
 
-    def usable_workspace(self, workspace_bytes: int, scale: float) -> int:
+    def effective_workspace_bytes(self, workspace_bytes: int, scale: float) -> int:
         """Return how many of the bytes the forward has a use for at this scale; the op gets that number."""
 
     def backward(
@@ -92,13 +92,13 @@ class OpBackend(Backend, Protocol):
         workspace: Tensor,
         g_log_l: Tensor,
         g_theta: Tensor,
-        request: Request,
+        config: OpConfig,
         need_dx: bool,
         need_dw: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return (dx, dw) in the dtypes and shapes of x and w, from G and H (B,) float64 (eqs. 10 and 11).
 
-        With `request.sparse_grad`, dw is (S, D), the rows of the subset; O(S·D) time and memory.
+        With `config.sparse_grad`, dw is (S, D), the rows of the subset; O(S·D) time and memory.
         """
 
 
@@ -107,7 +107,7 @@ def compute_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
 
 
-class Pairs:
+class TargetGeometry:
     """Computes the target path in float64, from rows x (B, D) and their labels' centers (eqs. 4 and 5).
 
     Rows without a target are paired with themselves: their angle is 0 and they have no direction.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from expface_kernels.backends import products
 from expface_kernels.backends import workspace as pool
-from expface_kernels.backends.base import Forward, Pairs, Request, compute_dtype, norms_and_units
+from expface_kernels.backends.base import Forward, OpConfig, TargetGeometry, compute_dtype, norms_and_units
 from expface_kernels.backends.native import Kernels, load_error
 from expface_kernels.reference import NORM_EPS
 
@@ -38,12 +38,12 @@ class TilePlan:
     """Classes whose exponentials stay in the workspace: the first ones, whole tiles or all."""
 
     @classmethod
-    def of(cls, batch: int, features: int, classes: int, dtype: torch.dtype, request: Request) -> TilePlan:
+    def of(cls, batch: int, features: int, classes: int, dtype: torch.dtype, config: OpConfig) -> TilePlan:
         smallest, largest = TILE_CLASSES
         tile = max(smallest, min(largest, products.of(dtype).tile(batch, features)))
         kept = 0
-        if request.keep:
-            kept = request.workspace_bytes // (max(batch, 1) * dtype.itemsize)
+        if config.keep:
+            kept = config.workspace_bytes // (max(batch, 1) * dtype.itemsize)
             kept = classes if kept >= classes else kept // tile * tile
         return cls(batch, classes, tile, kept)
 
@@ -77,7 +77,7 @@ class Centres:
         self.direct = class_subset is None and w.dtype == dtype and w.is_contiguous()
         self.classes = w.shape[0] if class_subset is None else class_subset.shape[0]
         rows = 0 if self.direct else min(tile, self.classes)
-        self._buffer = pool.lend(rows * w.shape[1], dtype).view(rows, w.shape[1])
+        self._buffer = pool.allocate(rows * w.shape[1], dtype).view(rows, w.shape[1])
 
     def tile(self, start: int, stop: int) -> Tensor:
         if self.direct:
@@ -102,14 +102,14 @@ class CpuBackend:
     def why_not(self, x: Tensor, w: Tensor) -> str | None:
         return None if x.device.type == "cpu" else f"it takes CPU tensors, got {x.device.type}"
 
-    def workspace_numel(self, x: Tensor, w: Tensor, classes: int, request: Request) -> int:
-        return TilePlan.of(x.shape[0], x.shape[1], classes, compute_dtype(x, w), request).numel
+    def workspace_numel(self, x: Tensor, w: Tensor, classes: int, config: OpConfig) -> int:
+        return TilePlan.of(x.shape[0], x.shape[1], classes, compute_dtype(x, w), config).numel
 
-    def usable_workspace(self, workspace_bytes: int, scale: float) -> int:
+    def effective_workspace_bytes(self, workspace_bytes: int, scale: float) -> int:
         return workspace_bytes
 
     def forward(
-        self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
+        self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, config: OpConfig
     ) -> Forward:
         """Compute eqs. 2 to 4. Peak extra memory: a tile + the workspace + O(B·D).
 
@@ -117,19 +117,19 @@ class CpuBackend:
         """
         dtype = compute_dtype(x, w)
         classes = w.shape[0] if class_subset is None else class_subset.shape[0]
-        plan = TilePlan.of(x.shape[0], x.shape[1], classes, dtype, request)
+        plan = TilePlan.of(x.shape[0], x.shape[1], classes, dtype, config)
         centres = Centres(w, class_subset, dtype, plan.tile)
         kernels, multiply = Kernels(dtype), products.of(dtype).mm
-        pairs = Pairs(x, w, y, class_subset)
+        pairs = TargetGeometry(x, w, y, class_subset)
         finite, xn = _product_rows(pairs.xn, dtype)
 
-        workspace = pool.lend(plan.numel, dtype)
+        workspace = pool.allocate(plan.numel, dtype)
         e, kept_max, kept_inv = plan.split(workspace)
         scratch, scratch_inv = _scratch(plan, dtype)
         tiles = list(plan.tiles())
         tile_max = x.new_empty((len(tiles), plan.batch), dtype=dtype)
         tile_sum = x.new_empty((len(tiles), plan.batch), dtype=torch.float64)
-        hardest = y.new_empty((len(tiles), plan.batch)) if request.find_hardest else None
+        hardest = y.new_empty((len(tiles), plan.batch)) if config.find_hardest else None
         for i, (start, stop) in enumerate(tiles):
             w_tile, keep = centres.tile(start, stop), stop <= plan.kept
             inv = kept_inv[start:stop] if keep else scratch_inv[: stop - start]
@@ -137,16 +137,16 @@ class CpuBackend:
             kernels.inverse_norms(w_tile, inv)
             multiply(w_tile, xn.T, out=dots)
             found = None if hardest is None else hardest[i]
-            kernels.forward_tile(dots, inv, request.scale, y - start, tile_max[i], tile_sum[i], found)
+            kernels.forward_tile(dots, inv, config.scale, y - start, tile_max[i], tile_sum[i], found)
         kept_max.copy_(tile_max[: plan.kept_tiles])
 
         log_l = torch.where(finite, _combine(tile_max.double(), tile_sum), torch.nan)
         nothing = x.new_empty(0, dtype=torch.float64)
         hardest_cos, hardest_class = nothing, y.new_empty(0)
         if hardest is not None:
-            hardest_cos, hardest_class = _hardest(tile_max, hardest, plan, request.scale, class_subset)
+            hardest_cos, hardest_class = _hardest(tile_max, hardest, plan, config.scale, class_subset)
             hardest_cos = torch.where(finite, hardest_cos, torch.nan)
-        saved = workspace if request.keep else x.new_empty(0, dtype=dtype)
+        saved = workspace if config.keep else x.new_empty(0, dtype=dtype)
         return Forward(log_l, pairs.theta(), saved, nothing.clone(), hardest_cos, hardest_class)
 
     def backward(
@@ -159,17 +159,17 @@ class CpuBackend:
         workspace: Tensor,
         g_log_l: Tensor,
         g_theta: Tensor,
-        request: Request,
+        config: OpConfig,
         need_dx: bool,
         need_dw: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compute eqs. 9 to 11. Peak extra memory beside dw: a tile of logits, O(B·D)."""
         dtype = compute_dtype(x, w)
         classes = w.shape[0] if class_subset is None else class_subset.shape[0]
-        plan = TilePlan.of(x.shape[0], x.shape[1], classes, dtype, request)
+        plan = TilePlan.of(x.shape[0], x.shape[1], classes, dtype, config)
         centres = Centres(w, class_subset, dtype, plan.tile)
         kernels, multiply = Kernels(dtype), products.of(dtype).mm
-        pairs = Pairs(x, w, y, class_subset)
+        pairs = TargetGeometry(x, w, y, class_subset)
         _, xn = _product_rows(pairs.xn, dtype)
         e, kept_max, kept_inv = plan.split(workspace)
         scratch, scratch_inv = _scratch(plan, dtype)
@@ -183,11 +183,11 @@ class CpuBackend:
         u, v = pairs.tangents()
 
         a = torch.zeros(x.shape, dtype=torch.float64)  # Σ_j p_bj·wn_j
-        product = pool.lend(x.numel(), dtype).view(x.shape)
-        operand = pool.lend(x.numel(), dtype).view(x.shape)
+        product = pool.allocate(x.numel(), dtype).view(x.shape)
+        operand = pool.allocate(x.numel(), dtype).view(x.shape)
         out = (
             _WeightGradient(
-                w, class_subset, request.sparse_grad, dtype, plan.tile, _tangent_sums(pairs, v, g_theta)
+                w, class_subset, config.sparse_grad, dtype, plan.tile, _tangent_sums(pairs, v, g_theta)
             )
             if need_dw
             else None
@@ -200,7 +200,7 @@ class CpuBackend:
                 p, inv, shift = scratch[: stop - start], scratch_inv[: stop - start], rounded
                 kernels.inverse_norms(w_tile, inv)
                 multiply(w_tile, xn.T, out=p)
-                kernels.backward_tile(p, inv, request.scale, y - start, shift)
+                kernels.backward_tile(p, inv, config.scale, y - start, shift)
             # p holds 2^(exponent − shift)/|w|; in float64 this takes back what rounding did to the shift.
             row_factor = torch.where(live, torch.exp2(shift.double() - log2_l), 0.0)
             if need_dx:
@@ -208,19 +208,19 @@ class CpuBackend:
             if out is not None:
                 torch.mul(xn, (row_factor * (g_log_l / g_max))[:, None], out=operand)
                 acc = multiply(p, operand, out=out.tile(start, stop))
-                kernels.project(acc, w_tile, inv, request.scale * g_max.item())
+                kernels.project(acc, w_tile, inv, config.scale * g_max.item())
                 out.finish(start, stop)
 
         dx = None
         if need_dx:
-            dx = _input_gradient(pairs, a, u, request.scale * g_log_l, g_theta).to(x.dtype)
+            dx = _input_gradient(pairs, a, u, config.scale * g_log_l, g_theta).to(x.dtype)
         return dx, None if out is None else out.dw
 
     def topk(self, x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Stream over tiles; peak extra memory: two tiles of cosines + O(B·(k + D))."""
         dtype = compute_dtype(x, w)
-        request = Request(scale=1.0, keep=False, workspace_bytes=0, find_hardest=False, product_dtype=None)
-        plan = TilePlan.of(x.shape[0], x.shape[1], w.shape[0], dtype, request)
+        config = OpConfig(scale=1.0, keep=False, workspace_bytes=0, find_hardest=False, product_dtype=None)
+        plan = TilePlan.of(x.shape[0], x.shape[1], w.shape[0], dtype, config)
         centres = Centres(w, None, dtype, plan.tile)
         xn = norms_and_units(x.double())[1].to(dtype)
         best = x.new_empty((plan.batch, 0), dtype=dtype)
@@ -237,7 +237,7 @@ class CpuBackend:
 def _scratch(plan: TilePlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Allocate (T, B) logits and (T,) inverse norms for tiles that are not kept; empty where all are."""
     rows = min(plan.tile, plan.classes - plan.kept)
-    return pool.lend(rows * plan.batch, dtype).view(rows, plan.batch), pool.lend(rows, dtype)
+    return pool.allocate(rows * plan.batch, dtype).view(rows, plan.batch), pool.allocate(rows, dtype)
 
 
 def _product_rows(xn: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -271,7 +271,7 @@ def _hardest(
     return best / (scale * LOG2_E), torch.where(classes < 0, -1, named)
 
 
-def _tangent_sums(pairs: Pairs, v: Tensor, g_theta: Tensor) -> tuple[Tensor, Tensor]:
+def _tangent_sums(pairs: TargetGeometry, v: Tensor, g_theta: Tensor) -> tuple[Tensor, Tensor]:
     """Return sorted classes (K,) and Σ_{b: y_b=j} H_b·v_b/|w_j| (K, D), the targets' share of dw (eq. 11)."""
     rows = torch.nonzero(pairs.y >= 0)[:, 0]
     classes, group = torch.unique(pairs.y[rows], return_inverse=True)
@@ -284,7 +284,7 @@ def _weighted(weight: Tensor, v: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * v)
 
 
-def _input_gradient(pairs: Pairs, a: Tensor, u: Tensor, s_g: Tensor, g_theta: Tensor) -> Tensor:
+def _input_gradient(pairs: TargetGeometry, a: Tensor, u: Tensor, s_g: Tensor, g_theta: Tensor) -> Tensor:
     """Return dx (B, D) float64 (eq. 10); rows shorter than eps get 0."""
     tangent = a - (a * pairs.xn).sum(1, keepdim=True) * pairs.xn
     pull = _weighted(s_g[:, None], tangent) - _weighted(g_theta[:, None], u)
@@ -314,11 +314,11 @@ class _WeightGradient:
         # From the pool: the page faults of a fresh 205 MB buffer cost a twentieth of a step over all classes,
         # and half of one over a tenth of them.
         classes = w.shape[0] if class_subset is None or not sparse_grad else class_subset.shape[0]
-        self.dw = pool.lend(classes * w.shape[1], w.dtype).view(classes, w.shape[1])
+        self.dw = pool.allocate(classes * w.shape[1], w.dtype).view(classes, w.shape[1])
         if self.scattered_to is not None:
             self.dw.zero_()
         rows = 0 if self.direct else min(tile, w.shape[0])
-        self._buffer = pool.lend(rows * w.shape[1], dtype).view(rows, w.shape[1])
+        self._buffer = pool.allocate(rows * w.shape[1], dtype).view(rows, w.shape[1])
 
     def tile(self, start: int, stop: int) -> Tensor:
         """Return where the (T, D) product of classes start..stop goes."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from expface_kernels import reference
-from expface_kernels.backends.base import INVALID_TARGET, Forward, Request, compute_dtype
+from expface_kernels.backends.base import INVALID_TARGET, Forward, OpConfig, compute_dtype
 
 FILTER_TILE_ELEMENTS = 1 << 23
 """Logits that are there at a time while cosines are filtered: 32 MB of float32, a few times over."""
@@ -31,10 +31,10 @@ class ReferenceBackend:
         return None
 
     def forward(
-        self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
+        self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, config: OpConfig
     ) -> Forward:
-        centres = w if class_subset is None else F.embedding(class_subset, w, sparse=request.sparse_grad)
-        log_l, theta, negatives = reference.cosine_lse(x, centres, y, request.scale)
+        centres = w if class_subset is None else F.embedding(class_subset, w, sparse=config.sparse_grad)
+        log_l, theta, negatives = reference.cosine_lse(x, centres, y, config.scale)
         theta = torch.where(y == INVALID_TARGET, torch.nan, theta)
         cos, position = negatives.detach().max(dim=1)
         named = position if class_subset is None else class_subset[position]

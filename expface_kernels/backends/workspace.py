@@ -20,7 +20,7 @@ from torch import Tensor
 
 _ALIGNMENT = 64  # bytes; a cache line
 _SLACK = 4096  # bytes; so that the smallest loans share
-PATIENCE = 128
+MAX_IDLE = 128
 """Loans and returns, some eight steps of them, that a buffer waits for its next loan."""
 _clock = itertools.count()
 # uint8 buffers that nobody uses, each with the time when it came back; any thread may append, only _take and
@@ -29,7 +29,7 @@ _free: list[tuple[int, np.ndarray]] = []
 _taking = threading.RLock()  # reentrant: a buffer may come back, by garbage collection, inside _take
 
 
-def lend(numel: int, dtype: torch.dtype) -> Tensor:
+def allocate(numel: int, dtype: torch.dtype) -> Tensor:
     """Return an uninitialized (numel,) tensor, 64-byte aligned, from the pool if it has one so large."""
     nbytes = numel * dtype.itemsize
     buffer = _take(nbytes + _ALIGNMENT)
@@ -58,7 +58,7 @@ def _take(nbytes: int) -> np.ndarray:
         found = None if best is None else _free.pop(best)[1]
         for i in reversed(range(len(_free))):
             came, free = _free[i]
-            if now - came > PATIENCE or (found is None and _serves(nbytes, free.nbytes)):
+            if now - came > MAX_IDLE or (found is None and _serves(nbytes, free.nbytes)):
                 del _free[i]
     return np.empty(nbytes, np.uint8) if found is None else found
 

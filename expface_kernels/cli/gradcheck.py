@@ -109,7 +109,7 @@ def _check_serves(backend: str, dtype: torch.dtype, device: str) -> None:
         raise ValueError(f"device: torch sees no GPU here, got {device!r}")
     try:
         like = torch.empty((1, 1), dtype=dtype, device=device)
-        backends.serving(backends.resolve(backend, like, like), like, like)
+        backends.require_backend(backends.resolve(backend, like, like), like, like)
     except (RuntimeError, AssertionError) as error:  # torch refuses devices with either
         raise ValueError(" ".join(str(error).split())) from error
 

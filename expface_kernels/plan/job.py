@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from expface_kernels.backends.base import Request
+from expface_kernels.backends.base import OpConfig
 from expface_kernels.checks import (
     DTYPES,
     LARGEST_TENSOR,
@@ -193,7 +193,7 @@ class Job:
         )
 
 
-def request_of(job: Job) -> Request:
+def op_config_of(job: Job) -> OpConfig:
     """What the head will ask of its backend."""
     autocast = None if job.autocast is None else job.row_dtype
-    return Request(64.0, True, job.workspace_bytes, False, autocast)
+    return OpConfig(64.0, True, job.workspace_bytes, False, autocast)

@@ -18,7 +18,7 @@ import torch
 
 from expface_kernels.backends import products
 from expface_kernels.backends.cpu import TilePlan
-from expface_kernels.plan.job import Job, request_of
+from expface_kernels.plan.job import Job, op_config_of
 from expface_kernels.plan.optimizers import SPARSE_TEMPORARY, Footprint, footprint
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _row_items(job: Job) -> list[Item]:
 def tiles_of(job: Job) -> tuple[TilePlan, torch.dtype]:
     """Return how the cpu backend will cut the job, and what it computes in."""
     wide = torch.promote_types(torch.promote_types(job.row_dtype, job.centre_dtype), torch.float32)
-    return TilePlan.of(job.rows, job.features, job.active_classes, wide, request_of(job)), wide
+    return TilePlan.of(job.rows, job.features, job.active_classes, wide, op_config_of(job)), wide
 
 
 def tile_copies(job: Job) -> tuple[bool, bool]:
@@ -172,7 +172,7 @@ def backend_plan(job: Job) -> SizePlan:
 
     x = torch.empty(job.rows, job.features, dtype=job.row_dtype, device="meta")
     w = torch.empty(job.active_classes, job.features, dtype=job.centre_dtype, device="meta")
-    return Plan.of(x, w, job.active_classes, request_of(job), indexed=job.subset)
+    return Plan.of(x, w, job.active_classes, op_config_of(job), indexed=job.subset)
 
 
 @functools.lru_cache(maxsize=256)
@@ -195,7 +195,7 @@ def _counted(job: Job, gpu: Gpu, classes: int) -> Costs:
 
     case = Case(
         job.rows, classes, job.features, job.row_dtype, job.centre_dtype, subset=job.subset,
-        workspace_bytes=job.workspace_bytes, product_dtype=request_of(job).product_dtype,
+        workspace_bytes=job.workspace_bytes, product_dtype=op_config_of(job).product_dtype,
     )  # fmt: skip
     return costs(case, gpu.arch)
 

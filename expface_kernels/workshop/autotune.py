@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expface_kernels.backends.base import Request
+from expface_kernels.backends.base import OpConfig
 from expface_kernels.backends.triton import TritonBackend, calls, tuning
 from expface_kernels.backends.triton.tuning import Blocks, Tile
 from expface_kernels.commands import Parser, count
@@ -128,26 +128,26 @@ class Step:
         x = w[y] + normal(rows)
         return cls(setting, x.to(setting.stored), w.to(setting.stored), y)
 
-    def requests(self, role: str) -> list[Request]:
+    def configs(self, role: str) -> list[OpConfig]:
         """Plain sums. Of the role that has more: exponentials kept, in float16 the hardest negative; then
         maxima and the hardest, which take the most registers."""
         cast = self.setting.product if self.setting.product != self.setting.stored else None
         if role != "forward_more":
-            return [Request(64.0, True, 0, False, cast)]
+            return [OpConfig(64.0, True, 0, False, cast)]
         half = self.setting.product == F16
-        return [Request(64.0, True, EVERYTHING, half, cast), Request(128.0, True, 0, True, cast)]
+        return [OpConfig(64.0, True, EVERYTHING, half, cast), OpConfig(128.0, True, 0, True, cast)]
 
     def run(self, role: str, tiles: Blocks) -> tuple[Tensor, ...]:
-        """(log l, θ, dx, dw) of each request."""
-        return tuple(result for request in self.requests(role) for result in self._run(request, tiles))
+        """(log l, θ, dx, dw) of each config."""
+        return tuple(result for config in self.configs(role) for result in self._run(config, tiles))
 
-    def _run(self, request: Request, tiles: Blocks) -> tuple[Tensor, ...]:
+    def _run(self, config: OpConfig, tiles: Blocks) -> tuple[Tensor, ...]:
         backend = TritonBackend()
         with tuning.trying(tiles):
-            out = backend.forward(self.x, self.w, self.y, None, request)
+            out = backend.forward(self.x, self.w, self.y, None, config)
             g = torch.full_like(out.log_l, 1 / self.x.shape[0])
             dx, dw = backend.backward(
-                self.x, self.w, self.y, None, out.log_l, out.workspace, g, 0.5 * g, request, True, True
+                self.x, self.w, self.y, None, out.log_l, out.workspace, g, 0.5 * g, config, True, True
             )
         assert dx is not None
         assert dw is not None

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from expface_kernels.backends.base import Request
-from expface_kernels.backends.triton import TOPK_REQUEST, TritonBackend, calls
+from expface_kernels.backends.base import OpConfig
+from expface_kernels.backends.triton import TOPK_CONFIG, TritonBackend, calls
 from expface_kernels.backends.triton.backward import BackwardCall
 from expface_kernels.backends.triton.forward import ForwardCall
 
@@ -38,10 +38,10 @@ class Case:
     topk: int = 0
 
     @property
-    def request(self) -> Request:
+    def config(self) -> OpConfig:
         """What the op is told."""
-        usable = TritonBackend().usable_workspace(self.workspace_bytes, self.scale)
-        return Request(self.scale, True, usable, self.find_hardest, self.product_dtype, self.sparse_grad)
+        usable = TritonBackend().effective_workspace_bytes(self.workspace_bytes, self.scale)
+        return OpConfig(self.scale, True, usable, self.find_hardest, self.product_dtype, self.sparse_grad)
 
     def run(self, arch: str, between: Callable[[], None] | None = None) -> None:
         """On meta tensors, `between` after the forward; watch `calls` to see what it does."""
@@ -49,14 +49,14 @@ class Case:
         w = torch.empty(self.classes, self.features, dtype=self.w_dtype, device="meta")
         y = torch.empty(self.rows, dtype=torch.int64, device="meta")
         if self.topk:
-            ForwardCall(x, w, y, None, TOPK_REQUEST, arch).topk(self.topk)
+            ForwardCall(x, w, y, None, TOPK_CONFIG, arch).topk(self.topk)
             return
         subset = torch.empty(self.classes, dtype=torch.int64, device="meta") if self.subset else None
-        out = ForwardCall(x, w, y, subset, self.request, arch).forward()
+        out = ForwardCall(x, w, y, subset, self.config, arch).forward()
         if between is not None:
             between()
         g, h = torch.empty_like(out.log_l), torch.empty_like(out.theta)
-        BackwardCall(x, w, y, subset, self.request, arch).backward(out.log_l, out.workspace, g, h, True, True)
+        BackwardCall(x, w, y, subset, self.config, arch).backward(out.log_l, out.workspace, g, h, True, True)
 
 
 def launches(case: Case, arch: str) -> list[tuple[Any, int, dict[str, Any]]]:

@@ -54,7 +54,7 @@ def id_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class Moved(TorchDispatchMode):
+class TrafficCounter(TorchDispatchMode):
     """Bytes that operators read and write, as if every tensor went through memory once an operator."""
 
     def __init__(self) -> None:

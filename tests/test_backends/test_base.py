@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, Pairs, compute_dtype, norms_and_units
+from expface_kernels.backends.base import (
+    INVALID_TARGET,
+    NO_TARGET,
+    TargetGeometry,
+    compute_dtype,
+    norms_and_units,
+)
 from expface_kernels.reference import pair_angle
 from tests.cases import KINDS, batch, leaves
 from tests.tolerances import UNIT_ENTRY, UNIT_LENGTH, assert_close, assert_rows_close, relative_error
@@ -25,7 +31,7 @@ def test_tangents_are_the_slope_of_the_angle(kind: str) -> None:
     a, b = leaves(x, w[y], F64)
     theta = pair_angle(a, b)
     theta.sum().backward()
-    pairs = Pairs(x, w, y, None)
+    pairs = TargetGeometry(x, w, y, None)
     u, v = pairs.tangents()
     assert_close(pairs.theta(), theta, dtype=F64)
     # Rows within 1e-6 rad of the axis know their direction to 1e-10 only.
@@ -36,7 +42,7 @@ def test_tangents_are_the_slope_of_the_angle(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tangents_have_length_one_are_orthogonal_and_lead_to_the_other(kind: str) -> None:
     x, w, y = batch(kind, 40, 23, 16)
-    pairs = Pairs(x, w, y, None)
+    pairs = TargetGeometry(x, w, y, None)
     theta = pairs.theta()[:, None]
     apart = ((theta > 1e-9) & (theta < math.pi - 1e-9))[:, 0]
     for t, at, to in zip(pairs.tangents(), (pairs.xn, pairs.wn), (pairs.wn, pairs.xn), strict=True):
@@ -52,7 +58,7 @@ def test_tangents_have_length_one_are_orthogonal_and_lead_to_the_other(kind: str
 def test_on_the_axis_there_is_no_tangent(factor: float) -> None:
     # 4·w normalises to the bits of w; 3·w misses them by a rounding, whose direction is noise.
     _, w, _ = batch("random", 1, 20, 8)
-    for t in Pairs(factor * w, w, torch.arange(20), None).tangents():
+    for t in TargetGeometry(factor * w, w, torch.arange(20), None).tangents():
         assert torch.equal(t, torch.zeros_like(w))
 
 
@@ -61,7 +67,7 @@ def test_without_a_target_the_angle_is_0_and_there_is_no_direction() -> None:
     y[1] = NO_TARGET
     x[2] = torch.nan
     y[2] = NO_TARGET
-    pairs = Pairs(x, w, y, None)
+    pairs = TargetGeometry(x, w, y, None)
     assert pairs.theta()[1] == 0
     assert pairs.theta()[2] == 0
     for t in pairs.tangents():
@@ -71,9 +77,9 @@ def test_without_a_target_the_angle_is_0_and_there_is_no_direction() -> None:
 
 def test_an_invalid_label_has_an_angle_of_nan_and_leaves_others_alone() -> None:
     x, w, y = batch("random", 4, 5, 3)
-    expected = Pairs(x, w, y, None).theta()
+    expected = TargetGeometry(x, w, y, None).theta()
     y[1] = INVALID_TARGET
-    theta = Pairs(x, w, y, None).theta()
+    theta = TargetGeometry(x, w, y, None).theta()
     assert theta.isnan().tolist() == [False, True, False, False]
     assert torch.equal(theta[[0, 2, 3]], expected[[0, 2, 3]])
 
@@ -83,7 +89,7 @@ def test_a_vector_below_the_smallest_norm_has_no_tangent_and_gives_none(dead: st
     x, w, y = batch("random", 3, 3, 4)
     y = torch.arange(3)
     (x if dead == "row" else w)[1] *= 1e-14 / float((x if dead == "row" else w)[1].norm())
-    for t in Pairs(x, w, y, None).tangents():
+    for t in TargetGeometry(x, w, y, None).tangents():
         assert torch.equal(t[1], torch.zeros(4, dtype=F64))
         assert bool((t[[0, 2]].abs().amax(1) > 0).all())
 
@@ -91,8 +97,8 @@ def test_a_vector_below_the_smallest_norm_has_no_tangent_and_gives_none(dead: st
 def test_labels_are_positions_in_the_subset() -> None:
     x, w, y = batch("random", 6, 9, 4)
     subset = torch.unique(y)
-    through = Pairs(x, w, torch.searchsorted(subset, y), subset)
-    assert torch.equal(through.theta(), Pairs(x, w, y, None).theta())
+    through = TargetGeometry(x, w, torch.searchsorted(subset, y), subset)
+    assert torch.equal(through.theta(), TargetGeometry(x, w, y, None).theta())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 from expface_kernels import margin_cross_entropy
 from expface_kernels.backends import cpu, native, products
 from expface_kernels.backends import workspace as pool
-from expface_kernels.backends.base import Request
+from expface_kernels.backends.base import OpConfig
 from expface_kernels.backends.cpu import TilePlan
 from tests.cases import ALL_SCALES, KINDS, batch, leaves, truth
 from tests.tolerances import assert_close, assert_rows_close, relative_error, row_cap
@@ -35,7 +35,7 @@ def _run(
 
 
 def _plan(batch: int, classes: int, dtype: torch.dtype, keep: bool, workspace_bytes: int) -> TilePlan:
-    return TilePlan.of(batch, 128, classes, dtype, Request(64.0, keep, workspace_bytes, False, None))
+    return TilePlan.of(batch, 128, classes, dtype, OpConfig(64.0, keep, workspace_bytes, False, None))
 
 
 # Batches: none, one, a few, the largest whose tile is still longer than the smallest, and past it.
@@ -211,7 +211,7 @@ def test_frozen_centres_get_no_gradient_buffer_and_a_frozen_row_no_product(
 
 def _largest_allocation(step: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes of the largest block that torch or the pool hands out during `step`."""
-    lent = _record(monkeypatch, pool, "lend")
+    lent = _record(monkeypatch, pool, "allocate")
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as seen:

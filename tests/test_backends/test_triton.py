@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels import ArcFace, ExpFace
-from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, Request
+from expface_kernels.backends.base import INVALID_TARGET, NO_TARGET, OpConfig
 from expface_kernels.backends.triton import TritonBackend, plan
 from expface_kernels.functional import topk_cosine
 from expface_kernels.options import LossOptions
@@ -138,17 +138,17 @@ def test_kept_exponentials_of_rows_30_decades_apart() -> None:
         assert_close(kept, formed.double(), dtype=F32, what=name)
 
 
-def _forward(x: Tensor, w: Tensor, y: Tensor, subset: Tensor | None, request: Request) -> Any:
+def _forward(x: Tensor, w: Tensor, y: Tensor, subset: Tensor | None, config: OpConfig) -> Any:
     moved = [t if t is None else t.to(TRITON_DEVICE) for t in (x, w, y, subset)]
-    return TritonBackend().forward(*moved, request)
+    return TritonBackend().forward(*moved, config)
 
 
 @pytest.mark.parametrize("scale", [64.0, 128.0])
 def test_a_shard_of_targets_only_and_rows_without_a_target(scale: float) -> None:
     x, w, _ = batch("random", 4, 1, 16)
     y = torch.tensor([0, NO_TARGET, INVALID_TARGET, 0])
-    request = Request(scale, True, 0, True, None)
-    out = _forward(x.float(), w.float(), y, None, request)
+    config = OpConfig(scale, True, 0, True, None)
+    out = _forward(x.float(), w.float(), y, None, config)
     assert out.log_l.isneginf().tolist() == [True, False, False, True]
     assert out.hardest_class.tolist() == [-1, 0, 0, -1]
     assert out.theta.isnan().tolist() == [False, False, True, False]
@@ -157,7 +157,7 @@ def test_a_shard_of_targets_only_and_rows_without_a_target(scale: float) -> None
     h = torch.tensor([0.0, 9.0, 0.0, 0.0], dtype=torch.float64)
     moved = [t.to(TRITON_DEVICE) for t in (x.float(), w.float(), y)]
     dx, dw = TritonBackend().backward(
-        *moved, None, out.log_l, out.workspace, g.to(dw_device := TRITON_DEVICE), h.to(dw_device), request,
+        *moved, None, out.log_l, out.workspace, g.to(dw_device := TRITON_DEVICE), h.to(dw_device), config,
         True, True,
     )  # fmt: skip
     # The live row has log l = s·cos: its gradient is s·G·(wn − cos·xn)/|x|, and H is ignored.
@@ -197,7 +197,7 @@ def test_the_hardest_negative_and_topk_are_those_of_the_cosines(
     xn, wn = (t.double() / t.double().norm(dim=1, keepdim=True) for t in (x, w))
     cos = xn @ wn.T
     for scale in (64.0, 128.0):
-        out = _forward(x, w, y, None, Request(scale, False, 0, True, None))
+        out = _forward(x, w, y, None, OpConfig(scale, False, 0, True, None))
         best, found = cos.scatter(1, y[:, None], -9.0).max(1)
         assert torch.equal(out.hardest_class.cpu(), found)
         torch.testing.assert_close(out.hardest_cos.cpu(), best, rtol=0, atol=COSINE)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels import ArcFace, ExpFace, MarginSoftmaxHead, margin_cross_entropy
-from expface_kernels.backends.base import NO_TARGET, Request
+from expface_kernels.backends.base import NO_TARGET, OpConfig
 from expface_kernels.backends.triton import TritonBackend, calls, tuning
 from expface_kernels.backends.triton.tuning import Tile
 from expface_kernels.functional import topk_cosine
@@ -193,7 +193,7 @@ def test_the_forwards_peak_is_that_of_the_cost_model(hardest: bool, scale: float
     x, w, y = _drawn(case)
 
     def forward() -> None:
-        TritonBackend().forward(x, w, y, None, case.request)
+        TritonBackend().forward(x, w, y, None, case.config)
 
     model = costs.costs(case, tuning.architecture(x.device)).forward_peak
     assert abs(_requested(forward) - model) <= LIBRARY_TEMPORARIES
@@ -217,12 +217,12 @@ def _requested(action: Callable[[], None]) -> int:
 def _check_peak(case: Case) -> int:
     """Holds the bytes that a step asks for against the model's; returns what the allocator gave for them."""
     x, w, y = _drawn(case)
-    request = Request(case.scale, True, case.workspace_bytes, False, None)
+    config = OpConfig(case.scale, True, case.workspace_bytes, False, None)
 
     def step() -> None:
-        out = TritonBackend().forward(x, w, y, None, request)
+        out = TritonBackend().forward(x, w, y, None, config)
         g, h = torch.ones_like(out.log_l), torch.ones_like(out.theta)
-        TritonBackend().backward(x, w, y, None, out.log_l, out.workspace, g, h, request, True, True)
+        TritonBackend().backward(x, w, y, None, out.log_l, out.workspace, g, h, config, True, True)
 
     allocated = torch.cuda.memory_allocated()
     model = costs.costs(case, tuning.architecture(x.device)).peak
@@ -312,7 +312,7 @@ def test_calls_on_another_stream_than_the_default_agree() -> None:
 def test_rows_without_a_target_on_this_shard_hold_their_log_sum() -> None:
     x, w, _ = _on_gpu("learnt", 300, 3000, 128, F32)
     y = torch.full((300,), NO_TARGET, device="cuda")
-    out = TritonBackend().forward(x.detach(), w.detach(), y, None, Request(64.0, False, 0, False, None))
+    out = TritonBackend().forward(x.detach(), w.detach(), y, None, OpConfig(64.0, False, 0, False, None))
     xn, wn = (torch.nn.functional.normalize(t.detach().double()) for t in (x, w))
     assert_close(out.log_l, torch.logsumexp(64 * xn @ wn.T, 1), dtype=F32)
     assert not out.theta.any()

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expface_kernels import backends, margin_cross_entropy, ops, pipeline
-from expface_kernels.backends.base import Request
+from expface_kernels.backends.base import OpConfig
 from expface_kernels.backends.triton import TritonBackend, calls, tuning
 from expface_kernels.backends.triton.backward import BackwardCall
 from expface_kernels.backends.triton.forward import ForwardCall
@@ -116,13 +116,13 @@ def test_no_launch_code_asks_for_a_value(name: str) -> None:
         case.run("sm_90")
         x, w = (torch.empty(9, 40, dtype=case.x_dtype, device="meta") for _ in range(2))
         y = torch.empty(9, dtype=torch.int64, device="meta")
-        request = Request(1.0, False, 0, False, case.product_dtype)
-        ForwardCall(x, w, y, None, request, "sm_90").topk(5)
+        config = OpConfig(1.0, False, 0, False, case.product_dtype)
+        ForwardCall(x, w, y, None, config, "sm_90").topk(5)
         for need_dx, need_dw in ((True, False), (False, True)):  # what is frozen takes paths of its own
-            request = Request(case.scale, True, case.workspace_bytes, False, case.product_dtype)
-            out = ForwardCall(x, w, y, None, request, "sm_90").forward()
+            config = OpConfig(case.scale, True, case.workspace_bytes, False, case.product_dtype)
+            out = ForwardCall(x, w, y, None, config, "sm_90").forward()
             g = torch.empty_like(out.log_l)
-            backward = BackwardCall(x, w, y, None, request, "sm_90").backward
+            backward = BackwardCall(x, w, y, None, config, "sm_90").backward
             backward(out.log_l, out.workspace, g, g, need_dx, need_dw)
 
 
@@ -189,21 +189,21 @@ def test_neither_forward_nor_backward_waits(dtype: torch.dtype, scale: float, su
     x, w = x.to(dtype), w.to(dtype)
     classes = torch.arange(40, device=TRITON_DEVICE) if subset else None
     for workspace_bytes in (0, 2**20):
-        request = Request(scale, True, workspace_bytes, True, None)
+        config = OpConfig(scale, True, workspace_bytes, True, None)
         with NoWaiting():
-            out = TritonBackend().forward(x, w, y, classes, request)
+            out = TritonBackend().forward(x, w, y, classes, config)
             g = torch.ones_like(out.log_l)
-            TritonBackend().backward(x, w, y, classes, out.log_l, out.workspace, g, g, request, True, True)
+            TritonBackend().backward(x, w, y, classes, out.log_l, out.workspace, g, g, config, True, True)
 
 
 SWITCHES = """
 import torch
-from expface_kernels.backends.base import Request
+from expface_kernels.backends.base import OpConfig
 from expface_kernels.backends.triton.launch import Call
 
 def precision(dtype):
     x = torch.empty(4, 40, dtype=dtype, device="meta")
-    return Call(x, x, x[:, 0].long(), None, Request(64.0, True, 0, False, None), "sm_90").blocks.precision
+    return Call(x, x, x[:, 0].long(), None, OpConfig(64.0, True, 0, False, None), "sm_90").blocks.precision
 
 matmul, found = torch.backends.cuda.matmul, [precision(torch.float32)]
 for statement in {statements}:
@@ -278,7 +278,7 @@ def test_a_gpu_that_is_too_old_is_named(
 
 def _plan(rows: int, classes: int, x: torch.dtype, w: torch.dtype, budget: int, cast: Any = None) -> Plan:
     a, b = torch.empty(rows, 8, dtype=x, device="meta"), torch.empty(classes, 8, dtype=w, device="meta")
-    return Plan.of(a, b, classes, Request(64.0, True, budget, False, cast))
+    return Plan.of(a, b, classes, OpConfig(64.0, True, budget, False, cast))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expface_kernels import ArcFace, ExpFace
-from expface_kernels.backends.base import NORM_EPS, Pairs, Request
+from expface_kernels.backends.base import NORM_EPS, OpConfig, TargetGeometry
 from expface_kernels.backends.triton import TritonBackend, calls, plan, tuning
 from tests.cases import GPU, INTERPRETED, TRITON_DEVICE, batch, truth
 from tests.test_backends.triton_steps import BF16, F16, F32, KEEP, NEEDS_TRITON, check
@@ -96,13 +96,13 @@ def test_offsets_pass_2_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "zeros", torch.empty)
     right = truth(x.to(BF16), few.to(BF16), y, ArcFace(), reduction="sum")
     a, b = x.to(BF16).requires_grad_(), w.requires_grad_()
-    request = Request(64.0, True, 0, False, None)
-    out = TritonBackend().forward(a.detach(), b.detach(), y, subset, request)
+    config = OpConfig(64.0, True, 0, False, None)
+    out = TritonBackend().forward(a.detach(), b.detach(), y, subset, config)
     psi = torch.cos(out.theta + 0.5)
     q = torch.sigmoid(out.log_l - 64 * psi)
     h = q * 64 * torch.sin(out.theta + 0.5)
     dx, dw = TritonBackend().backward(
-        a.detach(), b.detach(), y, subset, out.log_l, out.workspace, q, h, request, True, True
+        a.detach(), b.detach(), y, subset, out.log_l, out.workspace, q, h, config, True, True
     )
     assert_close(dx, right[1], dtype=BF16)
     assert_close(dw[subset], right[2], dtype=BF16)
@@ -127,7 +127,7 @@ def _true_gradients(
 
     Eqs. 3, 10, 11. Every label is a class; s ≤ 70, so that plain float64 sums do.
     """
-    pairs = Pairs(x, w, y, None)
+    pairs = TargetGeometry(x, w, y, None)
     u, v = pairs.tangents()
     total, pull = torch.zeros_like(g), torch.zeros_like(pairs.xn)
     for start in range(0, w.shape[0], 2**17):
@@ -159,9 +159,9 @@ def test_all_of_many_classes() -> None:
     x = (w[y].float() + 0.007 * torch.randn(5, features, **made)).to(BF16)
     some = torch.tensor([0, 1, classes // 2, classes - 3, classes - 2, classes - 1], device=TRITON_DEVICE)
     g, h = torch.rand(2, 5, dtype=torch.float64, **made)
-    request = Request(64.0, True, 0, False, None)
-    out = TritonBackend().forward(x, w, y, None, request)
-    dx, dw = TritonBackend().backward(x, w, y, None, out.log_l, out.workspace, g, h, request, True, True)
+    config = OpConfig(64.0, True, 0, False, None)
+    out = TritonBackend().forward(x, w, y, None, config)
+    dx, dw = TritonBackend().backward(x, w, y, None, out.log_l, out.workspace, g, h, config, True, True)
     assert dx is not None
     assert dw is not None
     log_l, right_dx, right_dw = _true_gradients(x, w, y, g, h, 64.0, some)

@@ -27,7 +27,7 @@ def _span(tensor: torch.Tensor) -> range:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("numel", [0, 1, 7, 1000])
 def test_a_loan_has_the_size_and_dtype_asked_for_and_is_aligned(numel: int, dtype: torch.dtype) -> None:
-    tensor = pool.lend(numel, dtype)
+    tensor = pool.allocate(numel, dtype)
     assert (tensor.shape, tensor.dtype) == ((numel,), dtype)
     assert numel == 0 or tensor.data_ptr() % 64 == 0
     tensor.fill_(1)  # writable to its end
@@ -35,56 +35,56 @@ def test_a_loan_has_the_size_and_dtype_asked_for_and_is_aligned(numel: int, dtyp
 
 
 def test_two_live_loans_never_overlap() -> None:
-    loans = [pool.lend(numel, torch.float32) for numel in (100, 100, 50, 1000, 1)]
+    loans = [pool.allocate(numel, torch.float32) for numel in (100, 100, 50, 1000, 1)]
     del loans[1]
-    loans += [pool.lend(100, torch.float32), pool.lend(10, torch.float64)]
+    loans += [pool.allocate(100, torch.float32), pool.allocate(10, torch.float64)]
     for i, tensor in enumerate(loans):
         for other in loans[:i]:
             assert not set(_span(tensor)) & set(_span(other))
 
 
 def test_a_buffer_comes_back_when_its_tensor_dies_and_serves_smaller_needs_too() -> None:
-    first = pool.lend(1000, torch.float32)
+    first = pool.allocate(1000, torch.float32)
     address = first.data_ptr()
     del first
-    assert pool.lend(900, torch.float32).data_ptr() == address
-    assert pool.lend(500, torch.float64).data_ptr() == address
+    assert pool.allocate(900, torch.float32).data_ptr() == address
+    assert pool.allocate(500, torch.float64).data_ptr() == address
 
 
 def test_a_view_keeps_its_buffer_from_coming_back() -> None:
-    whole = pool.lend(1000, torch.float32)
+    whole = pool.allocate(1000, torch.float32)
     view = whole[10:20].view(2, 5)
     address = whole.data_ptr()
     del whole
-    other = pool.lend(1000, torch.float32)
+    other = pool.allocate(1000, torch.float32)
     assert other.data_ptr() != address
     del view
-    assert pool.lend(1000, torch.float32).data_ptr() == address
+    assert pool.allocate(1000, torch.float32).data_ptr() == address
 
 
 def test_a_tensor_saved_for_the_backward_keeps_its_buffer() -> None:
-    factor = pool.lend(100, torch.float32).fill_(2.0)
+    factor = pool.allocate(100, torch.float32).fill_(2.0)
     x = torch.ones(100, requires_grad=True)
     loss = (x * factor).sum()
     del factor
-    scribble = pool.lend(100, torch.float32).fill_(-1.0)
+    scribble = pool.allocate(100, torch.float32).fill_(-1.0)
     loss.backward()
     assert torch.equal(x.grad, torch.full((100,), 2.0))
     del scribble
 
 
 def test_the_smallest_buffer_that_fits_is_taken() -> None:
-    large, small = pool.lend(10_000, torch.float32), pool.lend(100, torch.float32)
+    large, small = pool.allocate(10_000, torch.float32), pool.allocate(100, torch.float32)
     small_address, large_address = small.data_ptr(), large.data_ptr()
     del large, small
-    taken = pool.lend(90, torch.float32)
+    taken = pool.allocate(90, torch.float32)
     assert taken.data_ptr() == small_address
-    assert pool.lend(9_000, torch.float32).data_ptr() == large_address
+    assert pool.allocate(9_000, torch.float32).data_ptr() == large_address
 
 
 def test_a_buffer_a_little_too_small_is_given_up_and_clear_gives_up_all() -> None:
     for numel in (10_000, 11_000, 19_000):  # each takes the place of the one before
-        loan = pool.lend(numel, torch.float32)
+        loan = pool.allocate(numel, torch.float32)
         assert not pool._free
         del loan
         assert len(pool._free) == 1
@@ -95,20 +95,20 @@ def test_a_buffer_a_little_too_small_is_given_up_and_clear_gives_up_all() -> Non
 def test_heads_of_several_shapes_that_take_turns_keep_their_buffers() -> None:
     addresses: list[set[int]] = []
     for _ in range(3):
-        loans = {numel: pool.lend(numel, torch.float32) for numel in (100_000, 10_000, 1_000_000)}
+        loans = {numel: pool.allocate(numel, torch.float32) for numel in (100_000, 10_000, 1_000_000)}
         addresses.append({loan.data_ptr() for loan in loans.values()})
         del loans
     assert addresses[0] == addresses[1] == addresses[2]
 
 
 def test_what_nobody_borrows_for_long_goes_back_to_the_system() -> None:
-    large = pool.lend(1_000_000, torch.float32)
+    large = pool.allocate(1_000_000, torch.float32)
     del large
     loans = 0
     while any(free.nbytes > 10**6 for _, free in pool._free):
-        pool.lend(10_000, torch.float32)  # and returned
+        pool.allocate(10_000, torch.float32)  # and returned
         loans += 1
-    assert loans == pool.PATIENCE // 2 + 1
+    assert loans == pool.MAX_IDLE // 2 + 1
 
 
 @pytest.mark.parametrize("keep", [0, 2**20])
@@ -178,7 +178,7 @@ def test_threads_may_borrow_at_the_same_time() -> None:
         try:
             for step in range(20_000):
                 numel = sizes[(step * 7 + seed) % 5]
-                loan = pool.lend(numel, torch.float32)
+                loan = pool.allocate(numel, torch.float32)
                 assert loan.shape == (numel,)
         except BaseException as error:  # reported by the test itself
             failures.append(error)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expface_kernels.plan import Job
-from expface_kernels.plan.job import request_of
+from expface_kernels.plan.job import op_config_of
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def test_the_fullest_rank_is_planned_as_dtensor_cuts(classes: int, ranks: int) -
 def test_autocast_is_the_embeddings_dtype_and_what_the_op_is_told() -> None:
     job = Job(classes=10, device="h100", autocast="bfloat16")
     assert (job.row_dtype, job.centre_dtype) == (torch.bfloat16, torch.float32)
-    assert request_of(job).product_dtype == torch.bfloat16
-    assert request_of(Job(classes=10)).product_dtype is None
+    assert op_config_of(job).product_dtype == torch.bfloat16
+    assert op_config_of(Job(classes=10)).product_dtype is None
 
 
 def test_what_the_head_may_use_is_left_by_the_backbone() -> None:

@@ -14,12 +14,12 @@ import torch
 
 from expface_kernels.backends import cpu, products
 from expface_kernels.plan import Job, plan
-from expface_kernels.plan.job import request_of
+from expface_kernels.plan.job import op_config_of
 from expface_kernels.plan.memory import TARGET_PATH_BYTES, gpu_costs, items_of, peak_bytes
 from expface_kernels.plan.seconds import TARGET_PATH_MOVED
 from expface_kernels.workshop.costs import GPUS, costs
 from expface_kernels.workshop.recording import Case
-from expface_kernels.workshop.traffic import Moved, PeakMemory
+from expface_kernels.workshop.traffic import PeakMemory, TrafficCounter
 from tests.distributed import run_ranks
 from tests.test_plan import measured
 from tests.tolerances import EXTRAPOLATED, PLANNED_MEMORY
@@ -102,14 +102,16 @@ def test_the_cpu_items_are_the_backends_own_buffers(monkeypatch: pytest.MonkeyPa
         )
         monkeypatch.setattr(cpu, "TILE_CLASSES", (1024, 1024))
         lent: list[int] = []
-        lend = cpu.pool.lend
+        allocate = cpu.pool.allocate
 
-        def counted(numel: int, of: torch.dtype, lent: list[int] = lent, lend: Any = lend) -> torch.Tensor:
+        def counted(
+            numel: int, of: torch.dtype, lent: list[int] = lent, allocate: Any = allocate
+        ) -> torch.Tensor:
             lent.append(numel * of.itemsize)
-            return lend(numel, of)
+            return allocate(numel, of)
 
         with monkeypatch.context() as patched:
-            patched.setattr(cpu.pool, "lend", counted)
+            patched.setattr(cpu.pool, "allocate", counted)
             measured.Training(job).step()
         found = {item.name: item.bytes for item in items_of(job)}
         assert lent.count(found["workspace"]) == 1
@@ -124,12 +126,12 @@ def test_the_cpu_items_are_the_backends_own_buffers(monkeypatch: pytest.MonkeyPa
 def test_the_target_path_holds_and_moves_what_was_measured(rows: int, features: int) -> None:
     """Linear in N·D: a step over few classes."""
     x, w, y = torch.randn(rows, features), torch.randn(32, features), torch.randint(32, (rows,))
-    backend, request = cpu.CpuBackend(), request_of(Job(classes=32, workspace_bytes=0))
+    backend, config = cpu.CpuBackend(), op_config_of(Job(classes=32, workspace_bytes=0))
     ones = torch.ones(rows, dtype=torch.float64)
     # What oneDNN adds is an item of its own.
-    with PeakMemory() as memory, Moved() as moved, products.using(products.MM):
-        out = backend.forward(x, w, y, None, request)
-        backend.backward(x, w, y, None, out.log_l, out.workspace, ones, ones, request, True, True)
+    with PeakMemory() as memory, TrafficCounter() as moved, products.using(products.MM):
+        out = backend.forward(x, w, y, None, config)
+        backend.backward(x, w, y, None, out.log_l, out.workspace, ones, ones, config, True, True)
     assert memory.peak == pytest.approx(TARGET_PATH_BYTES * x.numel(), rel=PLANNED_MEMORY)
     assert moved.bytes == pytest.approx(TARGET_PATH_MOVED * x.numel(), rel=PLANNED_MEMORY)
 

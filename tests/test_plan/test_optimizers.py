@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expface_kernels.plan.optimizers import FUSED, OPTIMIZERS, Footprint, footprint
-from expface_kernels.workshop.traffic import Moved, PeakMemory
+from expface_kernels.workshop.traffic import PeakMemory, TrafficCounter
 
 WAYS = [(name, way) for name in OPTIMIZERS for way in ("single", "foreach") if name != "sparse-adam"]
 
@@ -21,7 +21,7 @@ def measured(name: str, way: str, weight_decay: float) -> Footprint:
     parameter.grad = torch.ones_like(parameter)
     optimizer = getattr(torch.optim, kind)([parameter], **arguments)
     optimizer.step()
-    with PeakMemory() as memory, Moved() as traffic:
+    with PeakMemory() as memory, TrafficCounter() as traffic:
         optimizer.step()
     # Step counters and the like are a few bytes, not a share of the parameter.
     state = sum(

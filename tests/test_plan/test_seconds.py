@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from expface_kernels.backends import cpu, products
 from expface_kernels.plan import Job, Rates, plan
 from expface_kernels.plan import devices as devices_module
-from expface_kernels.plan.job import request_of
+from expface_kernels.plan.job import op_config_of
 from tests.test_plan.measured import Training
 from tests.tolerances import PLANNED_SECONDS
 
@@ -20,14 +20,14 @@ def test_the_flops_are_those_that_the_backend_makes() -> None:
     """Counted by torch from the products themselves: all kept, none, and some."""
     for workspace_bytes in (2**30, 0, 1024 * 16 * 4):
         job = Job(classes=3000, features=32, batch=16, workspace_bytes=workspace_bytes)
-        backend, request = cpu.CpuBackend(), request_of(job)
+        backend, config = cpu.CpuBackend(), op_config_of(job)
         x, w = torch.randn(16, 32), torch.randn(3000, 32)
         y, ones = torch.randint(3000, (16,)), torch.ones(16, dtype=torch.float64)
-        assert cpu.TilePlan.of(16, 32, 3000, torch.float32, request).kept in (3000, 0)
+        assert cpu.TilePlan.of(16, 32, 3000, torch.float32, config).kept in (3000, 0)
         # torch counts its own products, not oneDNN's.
         with products.using(products.MM), FlopCounterMode(display=False) as counter:
-            out = backend.forward(x, w, y, None, request)
-            backend.backward(x, w, y, None, out.log_l, out.workspace, ones, ones, request, True, True)
+            out = backend.forward(x, w, y, None, config)
+            backend.backward(x, w, y, None, out.log_l, out.workspace, ones, ones, config, True, True)
         assert plan(job, RATES).flops == counter.get_total_flops()
 
 

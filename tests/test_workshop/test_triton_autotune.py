@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from expface_kernels.backends.base import Request
+from expface_kernels.backends.base import OpConfig
 from expface_kernels.backends.triton import tuning
 from expface_kernels.backends.triton.launch import Call
 from expface_kernels.backends.triton.plan import PAD
@@ -119,7 +119,7 @@ def test_features_are_padded_to_the_widest_block_of_any_role(role: str) -> None:
     tiles = tuning.with_tiles(HOPPER.ruled(), narrow | {role: SMALL})
     x = torch.empty(4, 40, dtype=BF16, device="meta")
     with tuning.trying(tiles):
-        call = Call(x, x, x[:, 0].long(), None, Request(64.0, True, 0, False, None), "sm_90")
+        call = Call(x, x, x[:, 0].long(), None, OpConfig(64.0, True, 0, False, None), "sm_90")
     assert call.features_pad == 64  # 48 were enough for blocks of 16
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from expface_kernels.backends.triton import TritonBackend, calls, plan, tuning
 from expface_kernels.workshop import costs
 from expface_kernels.workshop.recording import Case
-from expface_kernels.workshop.traffic import Moved
+from expface_kernels.workshop.traffic import TrafficCounter
 from tests.cases import INTERPRETED, batch
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -99,10 +99,10 @@ def test_bytes_of_a_step_are_those_that_its_kernels_touch(
     # No label twice: as many tangents as rows.
     x, w, y = x.to(case.x_dtype), w.to(case.w_dtype), torch.arange(20)
     subset = torch.arange(130) if case.subset else None
-    request = case.request
-    out = TritonBackend().forward(x, w, y, subset, request)
+    config = case.config
+    out = TritonBackend().forward(x, w, y, subset, config)
     g = torch.ones(20, dtype=torch.float64)
-    TritonBackend().backward(x, w, y, subset, out.log_l, out.workspace, g, g, request, True, True)
+    TritonBackend().backward(x, w, y, subset, out.log_l, out.workspace, g, g, config, True, True)
     others = {name for name in expected if name == costs.OPERATORS or name.startswith("library")}
     assert set(touched.read) == expected.keys() - others
     for name, count in touched.written.items():
@@ -137,10 +137,10 @@ def test_torchs_operators_move_what_the_model_says(
     monkeypatch.setattr("expface_kernels.backends.triton.backward.add_mm_f32", _outside(calls.add_mm_f32))
     x, w, y = batch("random", 40, 300, 24)
     x, w, y = x.to(case.x_dtype), w.to(case.w_dtype), torch.arange(40)
-    with Moved() as moved:
-        out = TritonBackend().forward(x, w, y, None, case.request)
+    with TrafficCounter() as moved:
+        out = TritonBackend().forward(x, w, y, None, case.config)
         g, h = torch.empty_like(out.log_l), torch.empty_like(out.theta)
-        arguments = (out.log_l, out.workspace, g, h, case.request, True, True)
+        arguments = (out.log_l, out.workspace, g, h, case.config, True, True)
         TritonBackend().backward(x, w, y, None, *arguments)
     assert expected.read == moved.bytes
     assert moved.bytes > 40 * 24 * (8 + 4 + 8)  # Σ p·wn, from float32 to float64
@@ -169,11 +169,11 @@ def test_peak_of_a_step_is_that_of_the_allocations_really_made(
     monkeypatch.setattr("expface_kernels.backends.triton.backward.add_mm_f32", _outside(calls.add_mm_f32))
     x, w, y = batch("random", 40, 300, 24)
     x, w, y = x.to(dtype), w.to(dtype), torch.arange(40)
-    request = case.request
+    config = case.config
     with costs.PeakMemory() as memory:
-        out = TritonBackend().forward(x, w, y, None, request)
+        out = TritonBackend().forward(x, w, y, None, config)
         g, h = torch.ones_like(out.log_l), torch.ones_like(out.theta)
-        dx, dw = TritonBackend().backward(x, w, y, None, out.log_l, out.workspace, g, h, request, True, True)
+        dx, dw = TritonBackend().backward(x, w, y, None, out.log_l, out.workspace, g, h, config, True, True)
     assert dx is not None
     assert dw is not None
     assert memory.peak == result.peak
@@ -188,7 +188,7 @@ def test_bytes_and_flops_of_the_library_product_are_those_of_its_arguments(dtype
     assert read == total.nbytes + p.nbytes + w.nbytes
     assert written == total.nbytes
     if dtype == F32:  # 16-bit operands are cast first on the CPU
-        with Moved() as moved:
+        with TrafficCounter() as moved:
             calls.add_mm_f32(total, p.T, w)
         assert moved.bytes == read + written
 

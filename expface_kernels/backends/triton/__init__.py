@@ -18,12 +18,12 @@ import os
 import torch
 from torch import Tensor
 
-from expface_kernels.backends.base import Forward, Request
+from expface_kernels.backends.base import Forward, OpConfig
 from expface_kernels.backends.triton.plan import LARGEST_PLAIN_SCALE, SMALLEST_KEPT_SCALE, Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
-TOPK_REQUEST = Request(scale=1.0, keep=False, workspace_bytes=0, find_hardest=False, product_dtype=None)
+TOPK_CONFIG = OpConfig(scale=1.0, keep=False, workspace_bytes=0, find_hardest=False, product_dtype=None)
 
 
 class TritonBackend:
@@ -53,16 +53,16 @@ class TritonBackend:
                 return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
         return None
 
-    def workspace_numel(self, x: Tensor, w: Tensor, classes: int, request: Request) -> int:
-        return Plan.of(x, w, classes, request).numel
+    def workspace_numel(self, x: Tensor, w: Tensor, classes: int, config: OpConfig) -> int:
+        return Plan.of(x, w, classes, config).numel
 
-    def usable_workspace(self, workspace_bytes: int, scale: float) -> int:
+    def effective_workspace_bytes(self, workspace_bytes: int, scale: float) -> int:
         # Exponentials are kept without a shift, which larger scales have no range for. At smaller ones all
         # are near 1, and the cosines that dW reads off them would have few digits.
         return workspace_bytes if SMALLEST_KEPT_SCALE <= scale <= LARGEST_PLAIN_SCALE else 0
 
     def forward(
-        self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, request: Request
+        self, x: Tensor, w: Tensor, y: Tensor, class_subset: Tensor | None, config: OpConfig
     ) -> Forward:
         """Eqs. 2 to 4. Peak extra memory: the workspace + 4 bytes · B · classes / 128 at most + O(B·D).
 
@@ -70,7 +70,7 @@ class TritonBackend:
         """
         from expface_kernels.backends.triton.forward import ForwardCall
 
-        return ForwardCall(x, w, y, class_subset, request).forward()
+        return ForwardCall(x, w, y, class_subset, config).forward()
 
     def backward(
         self,
@@ -82,7 +82,7 @@ class TritonBackend:
         workspace: Tensor,
         g_log_l: Tensor,
         g_theta: Tensor,
-        request: Request,
+        config: OpConfig,
         need_dx: bool,
         need_dw: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -92,7 +92,7 @@ class TritonBackend:
         """
         from expface_kernels.backends.triton.backward import BackwardCall
 
-        call = BackwardCall(x, w, y, class_subset, request)
+        call = BackwardCall(x, w, y, class_subset, config)
         return call.backward(log_l, workspace, g_log_l, g_theta, need_dx, need_dw)
 
     def topk(self, x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ class TritonBackend:
         from expface_kernels.backends.triton.forward import ForwardCall
 
         y = torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)
-        return ForwardCall(x, w, y, None, TOPK_REQUEST).topk(k)
+        return ForwardCall(x, w, y, None, TOPK_CONFIG).topk(k)
 
 
 def interpreted() -> bool:

@@ -61,7 +61,7 @@ class BackwardCall(Call):
     @property
     def scatters(self) -> bool:
         """Whether dw's rows are all of w's, of which only the subset's are written."""
-        return self.subset is not None and not self.request.sparse_grad
+        return self.subset is not None and not self.config.sparse_grad
 
     def backward(
         self, log_l: Tensor, workspace: Tensor, g: Tensor, h: Tensor, need_dx: bool, need_dw: bool
@@ -85,7 +85,7 @@ class BackwardCall(Call):
                 self.launch_rows(
                     row_kernels.input_gradient,
                     p_h=h.contiguous(),
-                    p_coef=self.request.scale * g,
+                    p_coef=self.config.scale * g,
                     p_a=a,
                     p_dx=dx,
                     **self.pair(),
@@ -137,7 +137,7 @@ class BackwardCall(Call):
         largest = torch.where(largest == 0, 1.0, largest)
         share = torch.where(live, g / largest * rounding_correction, 0.0) * 2.0**operand_bits
         coef = torch.stack(
-            [self.request.scale * largest, torch.full_like(largest, 0.5 ** (p_bits + operand_bits))]
+            [self.config.scale * largest, torch.full_like(largest, 0.5 ** (p_bits + operand_bits))]
         )
         return RowFactors(
             self.padded(torch.where(live, stored - p_bits, torch.inf), torch.inf),
@@ -159,7 +159,7 @@ class BackwardCall(Call):
         k = torch.minimum(30 - largest, 120 - log2_r.amax())
         share = torch.where(live, torch.sign(g) * torch.exp2(log2_r + k), 0.0)
         half = torch.floor(-k / 2)
-        coef = torch.stack([self.request.scale * torch.exp2(-k - half), torch.exp2(half)])
+        coef = torch.stack([self.config.scale * torch.exp2(-k - half), torch.exp2(half)])
         operand = self._weighted_operand(rows, share)
         nothing = self.empty(0)
         return RowFactors(

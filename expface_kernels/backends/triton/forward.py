@@ -42,10 +42,10 @@ class ForwardCall(Call):
 
     def forward(self) -> Forward:
         """Return the op's outputs."""
-        plan, request = self.plan, self.request
-        workspace = self.empty(plan.numel if request.keep else self.scratch_numel())
-        hardest = self.empty(plan.rows if request.find_hardest else 0, torch.float64)
-        found = self.empty(plan.rows if request.find_hardest else 0, torch.int64)
+        plan, config = self.plan, self.config
+        workspace = self.empty(plan.numel if config.keep else self.scratch_numel())
+        hardest = self.empty(plan.rows if config.find_hardest else 0, torch.float64)
+        found = self.empty(plan.rows if config.find_hardest else 0, torch.int64)
         nothing = self.empty(0, torch.float64)
         if not (plan.rows and plan.classes):
             log_l = self.x.new_full((plan.rows,), -torch.inf, dtype=torch.float64)
@@ -57,13 +57,13 @@ class ForwardCall(Call):
             theta = self._angles()
         if best is not None:
             hardest, found = best
-        if not request.keep:
+        if not config.keep:
             workspace = self.empty(0)
         return Forward(log_l, theta, workspace, nothing, hardest, found)
 
     def _negatives(self, rows: Rows, workspace: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Return log l (B,) float64, and the hardest negative's cosine and class if asked for."""
-        plan, find_hardest = self.plan, self.request.find_hardest
+        plan, find_hardest = self.plan, self.config.find_hardest
         inv, shift, e = self.split(workspace)
         spans = self._spans(0 if self.maxima else min(plan.kept, e.shape[0]))
         tiles = sum(span.tiles for span in spans)
@@ -101,7 +101,7 @@ class ForwardCall(Call):
 
     def _spans(self, kept: int) -> list[Span]:
         """Split the classes into those whose exponentials are kept and the rest."""
-        plain = not (self.maxima or self.request.find_hardest)
+        plain = not (self.maxima or self.config.find_hardest)
         spans: list[Span] = []
         for start, stop, keep in ((0, kept, True), (kept, self.plan.classes, False)):
             if start < stop:

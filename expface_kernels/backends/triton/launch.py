@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from expface_kernels.backends.base import Request
+from expface_kernels.backends.base import OpConfig
 from expface_kernels.backends.triton import row_kernels, tuning
 from expface_kernels.backends.triton.calls import launch
 from expface_kernels.backends.triton.plan import LARGEST_PLAIN_SCALE, Plan
@@ -39,15 +39,15 @@ class Call:
         w: Tensor,
         y: Tensor,
         subset: Tensor | None,
-        request: Request,
+        config: OpConfig,
         arch: str | None = None,
     ) -> None:
         # Kernels read labels and listed classes one after the other.
         y, subset = y.contiguous(), None if subset is None else subset.contiguous()
-        self.x, self.w, self.y, self.subset, self.request = x, w, y, subset, request
+        self.x, self.w, self.y, self.subset, self.config = x, w, y, subset, config
         self.classes = w.shape[0] if subset is None else subset.shape[0]
         self.features = w.shape[1]
-        self.plan = Plan.of(x, w, self.classes, request, indexed=subset is not None)
+        self.plan = Plan.of(x, w, self.classes, config, indexed=subset is not None)
         self.arch = arch = arch or tuning.architecture(x.device)
         float32 = self.plan.product == torch.float32
         precision = tuning.float32_precision(arch) if float32 else "ieee"
@@ -55,8 +55,8 @@ class Call:
         b = self.blocks
         widest = max(b.forward.bk, b.forward_more.bk, b.probability.bk, b.weight.bn)
         self.features_pad = -(-self.features // widest) * widest
-        self.maxima = request.scale > LARGEST_PLAIN_SCALE
-        self.z_scale = request.scale * LOG2_E
+        self.maxima = config.scale > LARGEST_PLAIN_SCALE
+        self.z_scale = config.scale * LOG2_E
         # A kernel's argument for what it does not use.
         self.index = w if subset is None else subset
 

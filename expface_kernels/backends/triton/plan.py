@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expface_kernels.backends.base import Request
+from expface_kernels.backends.base import OpConfig
 
 PAD = 128
 """Rows and chunks of classes are padded to a multiple of this: no kernel masks its inner loop for them."""
@@ -39,19 +39,19 @@ class Plan:
     """D where dX multiplies a copy of a chunk's centres (listed, cast, or over their norm), else 0."""
 
     @classmethod
-    def of(cls, x: Tensor, w: Tensor, classes: int, request: Request, indexed: bool = False) -> Plan:
+    def of(cls, x: Tensor, w: Tensor, classes: int, config: OpConfig, indexed: bool = False) -> Plan:
         """Depends on no value and not on the scale, so that it is known under torch.compile.
 
         indexed: classes are listed, which makes no difference to the workspace.
         """
-        product = request.product_dtype
+        product = config.product_dtype
         if product not in (torch.bfloat16, torch.float16):
             product = torch.promote_types(x.dtype, w.dtype)
         rows = x.shape[0]
         kept_pad = 0
         # float16 has no room for exp(s·cos), whatever its factor.
-        if request.keep and product != torch.float16:
-            affordable = request.workspace_bytes // (max(_padded(rows), PAD) * product.itemsize)
+        if config.keep and product != torch.float16:
+            affordable = config.workspace_bytes // (max(_padded(rows), PAD) * product.itemsize)
             kept_pad = min(affordable // PAD * PAD, _padded(classes))
         shifted = product == torch.float16 and w.dtype != torch.float16
         copies = indexed or w.dtype != product or product == torch.float16
