@@ -83,12 +83,13 @@ def draw(run: Run, folder: Path) -> list[Path]:
 
 
 def _title(figure: Figure, run: Run, text: str) -> None:
-    """Write the title on the left, and on the right where the numbers come from."""
+    """Write the title at the top, and under it where the numbers come from."""
     machine = run.header.machine
     where = machine["gpu"]["card"] if machine.get("gpu") else f"{machine['cpu']}, {machine['cores']} cores"
-    figure.suptitle(text, x=0.01, ha="left", fontsize=12)
+    figure.suptitle(f"{text}\n ", x=0.01, ha="left", fontsize=12)  # the layout keeps the second line free
     source = f"{where}, torch {machine['torch']}, commit {machine['commit']}, {(run.header.date or '')[:10]}"
-    figure.text(0.995, 0.99, source, ha="right", va="top", fontsize=6.5, color=GREY)
+    below = 0.98 - 17 / (72 * figure.get_figheight())  # points
+    figure.text(0.01, below, source, ha="left", va="top", fontsize=7, color=GREY)
 
 
 def _longest_line(run: Run, backward: bool) -> Case | None:
