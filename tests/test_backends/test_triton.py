@@ -81,6 +81,17 @@ def test_lengths_of_centres(
     assert_close(got[2] * length[:, None], right[2] * length[:, None], dtype=dtype, what="dw·|w|")
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_centres_whose_squares_overflow_float32_have_norms(dtype: torch.dtype) -> None:
+    x, w, y = batch("random", 9, 70, 40)
+    x, w = x.to(BF16), (w * 1e21).to(BF16).to(dtype)  # so that the cast changes nothing
+    right = truth(x, w, y, ArcFace(), reduction="sum")
+    with torch.autocast(TRITON_DEVICE, BF16):
+        got = run(x, w, y, ArcFace())
+    assert_close(got[0], right[0], dtype=F32, what="loss")
+    assert_close(got[1], right[1], dtype=BF16, what="dx")
+
+
 @pytest.mark.parametrize("product", [BF16, F16], ids=str)
 @pytest.mark.parametrize("kind", ["random", "learnt"])
 @pytest.mark.parametrize("workspace_bytes", [0, KEEP])
