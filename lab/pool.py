@@ -46,10 +46,10 @@ def train_all(
                     raise StudyError(f"{name}: {type(error).__name__}: {error}") from error
                 yield futures[future], future.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Its own thread joins them: two that wait for one process leave it listed for a while.
             for worker in set(multiprocessing.active_children()) - before:
                 worker.terminate()
-                worker.join()
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
